@@ -1,0 +1,1719 @@
+"""Tests of traceleft.py, one class per section, in its order. Live tests trace this machine's kernel, as root."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import importlib
+import io
+import json
+import os
+import platform
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import traceleft
+from traceleft import EVENT_TYPES, Aggregator, RuleError, SpecError, make_event, parse_rule, parse_spec
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "traceleft.py"
+DEADLINE = 30.0  # seconds that anything may take before it counts as hanging
+
+live = [pytest.mark.live,
+        pytest.mark.skipif(os.geteuid() != 0 and os.environ.get("TRACELEFT_LIVE") != "1",
+                           reason="needs root; TRACELEFT_LIVE=1 runs it all the same")]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verbs
+# ----------------------------------------------------------------------------------------------------------------------
+
+OPEN = EVENT_TYPES["open"]
+
+
+def an_open(filename="/tmp/a.txt", flags=577, mode=438, **fields):
+    return make_event("open", filename, flags, mode, **fields)
+
+
+def matches(rule, event):
+    tree = parse_rule(rule, event.type)
+    return tree is None or tree.matcher()(event)
+
+
+def a_spec(rule="", parameters="frequency=1", format="json", name="open", channel=None, **more):
+    return {"channels": [channel or {"id": "1", "type": "file", "path": "/nonexistent/log"}],
+            "events": [{"name": name, "channel": "1", "stream": "s", "group": "g", "rule": rule,
+                        "function": {"id": "sigma", "parameters": parameters},
+                        "output": {"metrics": "alerts_per_sec", "format": format}, **more}]}
+
+
+def errors_of(value):
+    with pytest.raises(SpecError) as caught:
+        parse_spec(value)
+    return caught.value.errors
+
+
+class ListChannel:
+    """Keeps what it is sent."""
+
+    def __init__(self):
+        self.alerts = []
+
+    def send(self, alert):
+        self.alerts.append(alert)
+
+
+def wait_until(condition, what, timeout=DEADLINE):
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"not within {timeout} s: {what}")
+
+
+def run(*arguments, prefix=(), script=SCRIPT, python=sys.executable, env=None, timeout=DEADLINE, **more):
+    """The finished process of one command of traceleft.py."""
+    return subprocess.run([*map(str, prefix), python, str(script), *map(str, arguments)], capture_output=True,
+                          text=True, timeout=timeout, env={**os.environ, **(env or {})}, **more)
+
+
+class Agent:
+    """traceleft.py in the background, ready when the constructor returns; a context manager that ends it."""
+
+    def __init__(self, *arguments, prefix=(), python=sys.executable, stdout=subprocess.PIPE, env=None):
+        self.process = subprocess.Popen([*map(str, prefix), python, str(SCRIPT), *map(str, arguments)],
+                                        stdout=stdout, stderr=subprocess.PIPE, text=True,
+                                        env={**os.environ, **(env or {})})
+        self.stderr = []
+        self.reader = threading.Thread(target=self.read_stderr)
+        self.reader.start()
+        try:
+            wait_until(lambda: self.ready or self.process.poll() is not None, "traceleft: ready")
+            assert self.ready, self.stderr
+        except BaseException:
+            self.process.kill()
+            raise
+
+    def read_stderr(self):
+        for line in self.process.stderr:
+            self.stderr.append(line.rstrip("\n"))
+
+    @property
+    def ready(self):
+        return any(line.startswith("traceleft: ready") for line in self.stderr)
+
+    def stop(self, number=signal.SIGINT):
+        """Ends it as a user would; returns (exit code, stdout)."""
+        self.process.send_signal(number)
+        return self.finish()
+
+    def finish(self):
+        output = self.process.communicate(timeout=DEADLINE)[0] if self.process.stdout else None
+        code = self.process.wait(DEADLINE)
+        self.reader.join(DEADLINE)
+        return code, output
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+        self.reader.join(DEADLINE)
+        self.process.stderr.close()
+
+
+def write_spec(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory):
+    """The C programs below, compiled: name -> path."""
+    folder = tmp_path_factory.mktemp("programs")
+    for name, source in C_PROGRAMS.items():
+        subprocess.run(["gcc", "-O2", "-Wall", "-o", folder / name, "-x", "c", "-"], input=source, text=True, check=True)
+    return {name: str(folder / name) for name in C_PROGRAMS}
+
+
+C_PROGRAMS = {
+    # opens a file N times: opens PATH N
+    "opens": r"""
+        #include <fcntl.h>
+        #include <stdlib.h>
+        #include <unistd.h>
+        int main(int argc, char **argv)
+        {
+            for (long n = atol(argv[2]); n > 0; n--) {
+                int fd = open(argv[1], O_WRONLY | O_CREAT | O_TRUNC, 0666);
+                if (fd < 0)
+                    return 1;
+                close(fd);
+            }
+            return 0;
+        }
+    """,
+    # waits for its standard input to end, then makes each call once, in an empty directory: calls DIRECTORY
+    "calls": r"""
+        #define _GNU_SOURCE
+        #include <fcntl.h>
+        #include <linux/openat2.h>
+        #include <string.h>
+        #include <sys/stat.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        int main(int argc, char **argv)
+        {
+            char buffer[300], big[300];
+            struct open_how how = { .flags = O_RDONLY | O_CLOEXEC, .resolve = RESOLVE_NO_MAGICLINKS };
+            memset(big, 'x', sizeof(big));
+            if (chdir(argv[1]))
+                return 1;
+            while (read(0, buffer, 1) > 0)
+                ;
+            int fd = open("file", O_RDWR | O_CREAT, 0640);         /* 3 */
+            int created = creat("created", 0600);                  /* 4 */
+            int directory = open(".", O_RDONLY | O_DIRECTORY);     /* 5 */
+            syscall(SYS_openat2, directory, "file", &how, sizeof(how)); /* 6 */
+            open("missing", O_RDONLY);
+            open("", O_RDONLY);
+            open((char *)8, O_RDONLY);
+            write(fd, "hello\n", 6);
+            write(created, big, sizeof(big));
+            write(-1, "lost", 4);
+            lseek(fd, 0, SEEK_SET);
+            read(fd, buffer, sizeof(buffer));
+            read(fd, buffer, sizeof(buffer));
+            mkdir("directory", 0750);
+            mkdirat(directory, "other", 0700);
+            mkdirat(AT_FDCWD, "directory", 0700);
+            chmod("file", 04755);
+            fchmod(fd, 0600);
+            fchmodat(directory, "file", 0644, 0);
+            chown("file", 1, 2);
+            fchown(fd, 3, -1);
+            fchownat(directory, "file", 5, 6, AT_SYMLINK_NOFOLLOW);
+            close(fd);
+            close(-1);
+            return 0;
+        }
+    """,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class TestImport:
+    def test_needs_neither_libbpf_nor_grpc(self):
+        code = ("import sys, ctypes\nctypes.CDLL = None\nimport traceleft\n"
+                "assert not {'grpc', 'google.protobuf'} & set(sys.modules)")
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+    def test_runs_as_a_copy_without_its_folder(self, tmp_path):
+        copy = shutil.copy(SCRIPT, tmp_path)
+        assert run("check", HERE / "spec/aggregator-spec.json", script=copy).returncode == 0
+        assert "copy the folder bpf/" in run("trace", "open", script=copy, prefix=()).stderr
+
+
+class TestEventTable:
+    def test_has_the_contracts_rows(self):
+        signatures = {name: [argument.name for argument in row.arguments] for name, row in EVENT_TYPES.items()}
+        assert signatures == {
+            "open": ["filename", "flags", "mode"], "close": ["fd"], "read": ["fd", "buf", "count"],
+            "write": ["fd", "buf", "count"], "mkdir": ["pathname", "mode"], "mkdirat": ["dfd", "pathname", "mode"],
+            "chmod": ["filename", "mode"], "fchmod": ["fd", "mode"], "fchmodat": ["dfd", "filename", "mode"],
+            "chown": ["filename", "user", "group"], "fchown": ["fd", "user", "group"],
+            "fchownat": ["dfd", "filename", "user", "group", "flag"]}
+
+    @pytest.mark.parametrize("machine, event, names", [
+        ("x86_64", "open", ["open", "creat", "openat", "openat2"]),
+        ("aarch64", "open", ["openat", "openat2"]),
+        ("x86_64", "mkdir", ["mkdir"]),
+        ("aarch64", "mkdir", ["mkdirat"]),
+        ("aarch64", "chmod", ["fchmodat"]),
+        ("aarch64", "chown", ["fchownat"]),
+        ("aarch64", "mkdirat", ["mkdirat"]),
+    ])
+    def test_a_name_covers_what_libc_calls_on_an_architecture(self, monkeypatch, machine, event, names):
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        assert [syscall.name for syscall in traceleft.syscalls_here(EVENT_TYPES[event])] == names
+
+    def test_mkdirat_standing_in_for_mkdir_wants_fdcwd_only(self):
+        def flags(event, index):
+            packed = traceleft.Source(EVENT_TYPES[event], EVENT_TYPES[event].syscalls[index],
+                                      traceleft.Wanted(any_process=True)).pack()
+            return traceleft.SOURCE.unpack_from(packed)[1]
+        assert flags("mkdir", 1) & traceleft.SOURCE_ONLY_FDCWD
+        assert not flags("mkdirat", 0) & traceleft.SOURCE_ONLY_FDCWD
+
+
+class TestEvents:
+    def test_prints_as_the_contract_says(self):
+        event = an_open(ret=3, pid=4242)
+        assert traceleft.format_event(event) == (
+            f"name open pid 4242 program id 0 return value 3 hash {event.hash} "
+            'Filename "/tmp/a.txt" Flags 577 Mode 438')
+
+    @pytest.mark.parametrize("changes, text", [
+        ({}, 'Fd 3<unknown> Buf "p" Count 1'),
+        ({"path": "/proc/cpuinfo"}, 'Fd 3</proc/cpuinfo> Buf "p" Count 1'),
+        ({"path": "/tmp/a>\nname open"}, r'Fd 3</tmp/a\x3e\nname open> Buf "p" Count 1'),
+        ({"incomplete": 2}, 'Fd 3<unknown> Buf "p" [incomplete] Count 1'),
+        ({"in_container": True}, 'Fd 3<unknown> Buf "p" Count 1 [container]'),
+    ])
+    def test_marks(self, changes, text):
+        event = make_event("read", 3, "p", 1, **changes)
+        assert traceleft.format_event(event).endswith(text)
+
+    @pytest.mark.parametrize("text, shown", [
+        ("a b", "a b"), ("é", "é"), ('"', '\\"'), ("\\", "\\\\"), ("\n", "\\n"), ("\x1b[2J", "\\x1b[2J"),
+        ("\udcff", "\\xff"), ("\u202e", "\\u202e"), ("\x85", "\\u0085"), ("\U000e0001", "\\U000e0001"), ("\x7f", "\\x7f"),
+    ])
+    def test_escapes(self, text, shown):
+        assert traceleft.escape(text) == shown
+
+    @given(st.binary(max_size=50))
+    def test_no_bytes_can_forge_a_line_or_leave_the_quotes(self, data):
+        shown = traceleft.escape(traceleft.decode_text(data))
+        assert shown.isprintable()
+        assert not re.search(r'(?<!\\)(?:\\\\)*"', shown)
+
+    def test_hash_is_the_same_in_every_run_and_on_every_host(self):
+        assert an_open(ret=3, pid=4242).hash == 9173491171924878449
+
+    @pytest.mark.parametrize("change", [
+        {"ret": 4}, {"pid": 2}, {"program_id": 1}, {"filename": "/tmp/b.txt"}, {"flags": 0}, {"mode": 0}])
+    def test_hash_covers(self, change):
+        assert an_open(**change).hash != an_open().hash
+
+    @pytest.mark.parametrize("change", [{"tid": 9}, {"timestamp_ns": 5}, {"comm": "x"}, {"path": "/x"}, {"uid": 1}])
+    def test_hash_leaves_out(self, change):
+        assert an_open(**change).hash == an_open().hash
+
+    def test_hash_leaves_out_buffers(self):
+        assert make_event("read", 3, "a", 1).hash == make_event("read", 3, "b", 1).hash
+        assert make_event("read", 3, "a", 1).hash != make_event("write", 3, "a", 1).hash
+
+    def test_decodes_a_record(self):
+        flags = 1 | traceleft.FLAG_CONTAINER | traceleft.FLAG_HAS_FILE
+        record = traceleft.HEADER.pack(1000, -2, 7, 2**64 - 100, 4, 0o755, 0, 0, 0, 5, (8 << 20) | 1, 10, 11, 12, 13, 14,
+                                       traceleft.EVENT_IDS["mkdirat"], flags, 1, b"sh\0junk") + b"a\xff\nbrest"
+        assert traceleft.decode_record(record, 500) == make_event(
+            "mkdirat", -100, "a\udcff\nb", 0o755, ret=-2, timestamp_ns=1500, pid=10, tid=11, ppid=12, uid=13, gid=14,
+            comm="sh", program_id=7, incomplete=1, in_container=True, file=(5, os.makedev(8, 1)))
+
+    def test_a_record_of_another_version_is_refused(self):
+        record = traceleft.HEADER.pack(*[0] * 18, 99, b"")
+        with pytest.raises(traceleft.TraceleftError, match="version 99"):
+            traceleft.decode_record(record)
+
+    def test_resolves_only_the_very_file(self, tmp_path):
+        with (tmp_path / "f").open("w") as file:
+            status = os.fstat(file.fileno())
+            event = make_event("close", file.fileno(), pid=os.getpid(), file=(status.st_ino, status.st_dev))
+            assert traceleft.resolve_path(event).path == str(tmp_path / "f")
+            other = event._replace(file=(status.st_ino + 1, status.st_dev))
+            assert traceleft.resolve_path(other).path is None
+        assert traceleft.resolve_path(event).path is None  # closed by now
+
+    def test_make_event_refuses_what_is_no_argument(self):
+        with pytest.raises(TypeError):
+            make_event("close", 1, 2)
+        with pytest.raises(TypeError):
+            make_event("close", filename="x")
+
+
+class TestRules:
+    EVENT = an_open("/tmp/\udcff dir/a.txt", 577, 0o644, ret=-2, pid=10, tid=11, ppid=12, uid=0, gid=100, comm="bäsh",
+                    program_id=2**64 - 1)
+
+    @pytest.mark.parametrize("rule", [
+        # fields and comparisons
+        "arg1 == '/tmp/\\udcff dir/a.txt'", "filename != 'x'", "arg2 == 577", "flags == arg2", "ret < 0", "-3 < ret <= -2",
+        "pid == 10 and tid == 11 and ppid == 12", "uid == 0", "gid >= 100", "program_id == 0xffffffffffffffff",
+        "comm == 'bäsh'", "comm != filename", "flags > ret", "2 < flags",
+        # lists
+        "ret in (-2, -13)", "ret in [-ENOENT]", "ret in {-2}", "comm in ('a', 'bäsh')", "uid not in (1, 2)",
+        "flags & 3 in (0, 1)",
+        # bits and symbols
+        "flags & O_CREAT", "not flags & O_APPEND", "flags | 0 == 577", "flags ^ 577 == 0", "~flags == -578",
+        "ret == -ENOENT", "flags == O_WRONLY | O_CREAT | O_TRUNC", "mode & S_IRUSR", "not mode & S_ISUID",
+        "ret != AT_FDCWD", "AF_INET != ret", "+577 == flags", "flags == ~-578",
+        # text
+        "startswith(filename, '/tmp/')", "endswith(arg1, '.txt')", "contains(filename, ' dir')", "'dir' in filename",
+        "'x' not in comm", "glob(filename, '/tmp/*.txt')", "glob(filename, '/tmp/? dir/[a-c].txt')",
+        "regex(filename, '^/tmp/.*\\.txt$')", "regex(comm, 'ä')",
+        "'\\udcff' in filename", "'\udcff' in filename",
+        # boolean
+        "uid == 1 or gid == 100", "not (uid == 1)", "flags", "not uid", "(uid == 1 or gid == 100) and ret",
+        "", "   ", "  uid == 0  ", "(uid ==\n 0)",
+    ])
+    def test_matches(self, rule):
+        assert matches(rule, self.EVENT)
+
+    @pytest.mark.parametrize("rule", [
+        "arg1 == '/tmp/a.txt'", "ret == ENOENT", "uid", "flags & O_APPEND", "comm in ('a', 'b')", "glob(filename, '*.TXT')",
+        "regex(filename, '^a.txt')", "'DIR' in filename", "-1 < ret < 1", "pid == 10 and tid == 10", "comm == 'b\\xe4s'",
+    ])
+    def test_does_not_match(self, rule):
+        assert not matches(rule, self.EVENT)
+
+    def test_bytes_that_make_up_a_character_are_that_character(self):
+        assert matches("filename == '\\udcc3\\udca9'", an_open("é"))
+
+    @pytest.mark.parametrize("rule, column, message", [
+        # syntax of other languages
+        ("uid == 0 && gid == 0", 9, "write 'and'"), ("uid || gid", 4, "write 'or'"), ("!uid", 0, "write 'not'"),
+        ("uid = 0", 4, "write '=='"), ("comm == '&&' && uid", 13, "write 'and'"), ("uid == ", 6, "syntax error"),
+        ("(uid", 0, "syntax error"), ("uid is 0", 7, "write '=='"), ("uid == 0 and", 12, "syntax error"),
+        # names
+        ("flgs == 1", 0, "did you mean 'flags'"), ("uid == 0 and arg4 == 1", 13, "only 3 arguments"),
+        ("ret == -ENOENTT", 8, "did you mean 'ENOENT'"), ("é == 1 or üid == 1", 0, "no field 'é'"),
+        ("regx(comm, 'a')", 0, "did you mean 'regex'"), ("regex == 'a'", 0, "is a function"),
+        # types
+        ("comm == 1", 8, "cannot be compared"), ("1 == comm", 5, "cannot be compared"), ("uid == 'a'", 7, "cannot be"),
+        ("uid in ('a', 1)", 8, "cannot be compared"), ("comm in ('a', 1)", 14, "cannot be compared"),
+        ("comm & 1", 0, "needs an integer"), ("comm", 0, "is text"), ("not comm", 4, "is text"),
+        ("startswith(uid, 'a')", 11, "needs a text field"), ("contains(comm, 1)", 15, "text in quotes"),
+        ("comm < 'a'", 0, "needs integers"), ("(uid == 0) == 1", 1, "cannot compare a condition"),
+        ("1 in uid", 0, "looks for text"), ("uid in comm", 0, "looks for text"), ("uid in (1)", 8, "is written (1,)"),
+        ("comm in 'abc'", 8, "needs a list"), ("-uid == 1", 0, "sign"), ("-comm == 1", 1, "sign"),
+        # constants
+        ("1", 0, "a constant here"), ("'a'", 0, "a constant here"), ("O_CREAT", 0, "a constant here"),
+        ("uid or 1", 7, "a constant here"), ("1 == 1", 0, "two constants"), ("uid == 0 or 'a' == 'b'", 12, "two constants"),
+        ("True", 0, "neither an integer nor text"), ("uid == None", 7, "neither"), ("uid == 1.5", 7, "neither"),
+        ("comm == b'a'", 8, "neither"), ("uid in ()", 7, "empty list"), ("1 in (1, 2)", 0, "needs a field"),
+        ("startswith(comm, '')", 17, "always true"), ("'' in comm", 0, "always true"), ("uid in (1, gid)", 11, "literals"),
+        # limits
+        ("uid == 18446744073709551616", 7, "64 bits"), ("ret == -9223372036854775809", 7, "64 bits"),
+        ("comm == 'a\\0b'", 8, "NUL"), ("comm == '\\ud800'", 8, "surrogate"),
+        ("not " * 100 + "uid", 256, "nested too deeply"),
+        # what is not part of the language
+        ("uid + 1 == 2", 0, "arithmetic"), ("uid << 1", 0, "arithmetic"), ("comm.upper() == 'A'", 0, "not a function"),
+        ("comm[0] == 'a'", 0, "Subscript"), ("[x for x in (1,)]", 0, "ListComp"), ("lambda: 1", 0, "Lambda"),
+        ("uid if gid else ret", 0, "IfExp"), ("(a := 1)", 1, "NamedExpr"), ("__import__('os')", 0, "not a function"),
+        ("f'{uid}' == comm", 0, "JoinedStr"), ("(uid, gid)", 0, "Tuple"), ("regex(comm, 'a', 'b')", 0, "takes a field"),
+        ("regex(comm, pattern='b')", 0, "takes a field"),
+        # patterns
+        ("regex(comm, '(')", 12, "bad pattern"), ("regex(comm, '(a)\\\\1')", 12, "not supported"),
+        ("regex(comm, '(?=a)')", 12, "not supported"), ("regex(comm, 'a{1000}')", 12, "too large"),
+        ("regex(comm, '(?i)a')", 12, "flags"), ("regex(comm, '\\\\bfoo')", 12, "not supported"),
+    ])
+    def test_errors_are_located(self, rule, column, message):
+        with pytest.raises(RuleError) as caught:
+            parse_rule(rule, OPEN)
+        assert message in str(caught.value)
+        assert caught.value.column == column
+        assert caught.value.with_caret().splitlines()[-1] == "  " + " " * column + "^"
+
+    @pytest.mark.parametrize("rule", ["uid == 0\0", "(" * 3000 + "uid" + ")" * 3000, "a" * 70000, "~" * 60000 + "1",
+                                      "uid == " + "9" * 5000, "-" * 5000 + "uid", "uid" + " and uid" * 8000 + " +"])
+    def test_monsters_get_an_error_too(self, rule):
+        with pytest.raises(RuleError):
+            parse_rule(rule, OPEN)
+
+    def test_a_long_list_is_fine(self):
+        rule = "filename in (" + ", ".join(f"'/data/{i}'" for i in range(4000)) + ")"
+        assert matches(rule, an_open("/data/3999"))
+        assert not matches(rule, an_open("/data/4000"))
+
+
+class TestRulesGenerated:
+    """Rules are Python's own syntax, so Python's own eval() is an independent evaluation of those that are accepted."""
+
+    TEXT_FIELDS = ("filename", "arg1", "comm")
+    INT_FIELDS = ("flags", "arg2", "mode", "arg3", "ret", "pid", "tid", "ppid", "uid", "gid", "program_id")
+    texts = st.text(st.sampled_from("ab/. é\n'\\\udcff\udc80*?["), max_size=6)
+    literals = texts.map(repr)
+    numbers = st.one_of(st.integers(-3, 3), st.sampled_from([-2**63, 2**63 - 1, 2**64 - 1, 577])).map(str)
+    constants = st.one_of(numbers, st.sampled_from(["O_CREAT", "-ENOENT", "AT_FDCWD"]))
+    ints = st.recursive(
+        st.one_of(st.sampled_from(INT_FIELDS), constants),
+        lambda inner: st.one_of(st.tuples(inner, st.sampled_from("&|^"), inner).map("({0[0]} {0[1]} {0[2]})".format),
+                                inner.map("(~{})".format)), max_leaves=4)
+    comparisons = st.one_of(
+        st.tuples(ints, st.sampled_from(["==", "!=", "<", "<=", ">", ">="]), ints).map(" ".join),
+        st.tuples(ints, st.sampled_from(["<", "<="]), ints, st.just("<"), ints).map(" ".join),
+        st.tuples(ints, st.sampled_from([" in ", " not in "]), st.lists(constants, min_size=1, max_size=3)).map(
+            lambda t: f"{t[0]}{t[1]}[{', '.join(t[2])}]"),
+        st.tuples(st.sampled_from(TEXT_FIELDS), st.sampled_from(["==", "!="]), literals).map(" ".join),
+        st.tuples(st.sampled_from(TEXT_FIELDS), st.sampled_from([" in ", " not in "]),
+                  st.lists(literals, min_size=1, max_size=3)).map(lambda t: f"{t[0]}{t[1]}[{', '.join(t[2])}]"),
+        st.tuples(literals, st.sampled_from([" in ", " not in "]), st.sampled_from(TEXT_FIELDS)).map("".join),
+        st.tuples(st.sampled_from(["startswith", "endswith", "contains", "glob"]), st.sampled_from(TEXT_FIELDS),
+                  literals).map("{0[0]}({0[1]}, {0[2]})".format), ints)
+    rules = st.recursive(comparisons, lambda inner: st.one_of(
+        st.tuples(inner, st.sampled_from([" and ", " or "]), inner).map("({0[0]}{0[1]}{0[2]})".format),
+        inner.map("(not {})".format)), max_leaves=5)
+    names = st.one_of(texts.map(lambda t: traceleft.decode_text(traceleft.encode_text(t))), st.sampled_from(["a", "/a"]))
+    int64 = st.one_of(st.integers(-3, 3), st.sampled_from([-2**63, 2**63 - 1, 577]))
+    events = st.builds(an_open, names, int64, st.integers(0, 2**16 - 1), ret=int64, pid=st.integers(0, 3),
+                       uid=st.integers(0, 2**32 - 1), comm=names,
+                       program_id=st.sampled_from([0, 1, 2**63, 2**64 - 1]))
+
+    @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(rules, events)
+    def test_accepted_rules_agree_with_python(self, rule, event):
+        try:
+            tree = parse_rule(rule, OPEN)
+        except RuleError as error:
+            assert 0 <= error.column <= len(error.rule)
+            return
+        fields = {name: getattr(event, name) for name in traceleft.COMMON_FIELDS}
+        fields.update(zip(("arg1", "arg2", "arg3"), event.args), **event.named_args)
+        functions = {"startswith": str.startswith, "endswith": str.endswith,
+                     "contains": lambda text, part: part in text,
+                     "glob": lambda text, pattern: importlib.import_module("fnmatch").fnmatchcase(text, pattern)}
+        symbols = {"O_CREAT": os.O_CREAT, "ENOENT": 2, "AT_FDCWD": -100}
+        normal = re.sub(STRING, lambda m: repr(traceleft.decode_text(traceleft.encode_text(eval(m[0])))), rule)
+        assert tree.matcher()(event) == bool(eval(normal, {**fields, **functions, **symbols}))
+
+    @settings(max_examples=1000, deadline=None)
+    @given(st.one_of(st.text(max_size=60), st.text("() uidcomfarg=!&|~<>'\"0123,.in not\\", max_size=40)))
+    @example("\\\n")
+    @example("uid\r== 0")
+    def test_any_text_is_accepted_or_gets_a_located_error(self, rule):
+        try:
+            tree = parse_rule(rule, OPEN)
+        except RuleError as error:
+            assert 0 <= error.column <= len(error.rule)
+            assert str(error)
+        else:
+            assert tree is None or tree.matcher()(an_open()) in (True, False)
+
+
+STRING = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+
+
+class TestRegex:
+    patterns = st.recursive(
+        st.sampled_from(["a", "b", ".", "[ab]", "[^a]", "\\d", "\\w", "^", "$", "\n", "[a-c]", "\\.", "\\Z", "\\A", "\\s"]),
+        lambda inner: st.one_of(
+            st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{2}", "{1,3}", "{0,2}"])).map("(?:{0[0]}){0[1]}".format),
+            st.tuples(inner, inner).map("".join), st.tuples(inner, inner).map("({0[0]}|{0[1]})".format)), max_leaves=6)
+
+    @settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(patterns, st.text("ab.1\n", max_size=8))
+    def test_agrees_with_re(self, pattern, text):
+        assert traceleft.Regex(pattern).search(text) == bool(re.search(pattern, text))
+
+    @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(a*)*b", ".*a.*a.*a.*a.*a.*b", "(a|aa)+$b"])
+    def test_hostile_text_costs_linear_time(self, pattern):
+        regex = traceleft.Regex(pattern)
+        steps = []
+        regex.closure = lambda states, position, inner=regex.closure: steps.append(1) or inner(states, position)
+        assert not regex.search("a" * 4095 + "!")
+        assert len(steps) < 20 + 4096  # re would take longer than the universe has existed
+
+    def test_the_cache_is_bounded(self):
+        regex = traceleft.Regex("^.*[^x]{3}$")
+        regex.search("".join(map(chr, range(100, 20000))))
+        assert len(regex.cache) <= traceleft.MAX_REGEX_CACHE
+
+
+class TestSigma:
+    def passing(self, count, seconds=1, events=None, **parameters):
+        sigma = traceleft.Sigma(**parameters)
+        passed = []
+        for _ in range(seconds):
+            passed.append([i for i in range(1, count + 1) if sigma.passes(events(i) if events else an_open())])
+            sigma.tick()
+        return passed
+
+    @pytest.mark.parametrize("frequency, passed", [(0, [1, 2, 3, 4]), (1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (5, [])])
+    def test_every_nth_passes(self, frequency, passed):
+        assert self.passing(4, frequency=frequency) == [passed]
+
+    def test_frequency_counts_across_seconds(self):
+        assert self.passing(4, seconds=3, frequency=3) == [[3], [2], [1, 4]]
+
+    def test_threshold_is_per_second(self):
+        assert self.passing(4, seconds=2, threshold=3) == [[4], [4]]
+
+    def test_what_is_held_back_does_not_count_towards_frequency(self):
+        assert self.passing(6, seconds=2, threshold=3, frequency=2) == [[5], [4, 6]]
+        assert self.passing(4, seconds=2, threshold=3, frequency=2) == [[], [4]]
+
+    def test_by_keeps_count_per_value(self):
+        by = traceleft.parse_by("comm,uid", OPEN)
+        assert self.passing(6, frequency=2, by=by, events=lambda i: an_open(comm="ab"[i % 2])) == [[3, 4]]
+
+    def test_groups_are_bounded_and_the_rest_is_one_group(self, monkeypatch):
+        monkeypatch.setattr(traceleft, "MAX_GROUPS", 3)
+        sigma = traceleft.Sigma(frequency=2, by=traceleft.parse_by("pid", OPEN))
+        passed = [pid for pid in [1, 2, 3, 4, 5, 6, 7, 1] if sigma.passes(an_open(pid=pid))]
+        assert passed == [5, 7, 1]  # 4 and 5, 6 and 7 share a count
+        assert len(sigma.groups) == 3
+
+
+class TestSpec:
+    def test_the_example_is_the_contracts_to_the_letter(self):
+        spec = traceleft.load_spec(HERE / "spec/aggregator-spec.json")
+        assert spec.filters[0].id == "open-0"
+        assert spec.filters[0].parameters == {"frequency": 100, "threshold": 0, "by": ()}
+        assert spec.filters[0].rule == parse_rule("filename == '/tmp/a.txt'", OPEN)
+        assert [channel.path for channel in spec.channels] == ["/tmp/traceleft.log", "localhost:50051"]
+        assert "channel '2' is used by no filter" in spec.warnings[0]
+
+    def test_defaults(self):
+        value = a_spec()
+        for key in ("stream", "group", "rule"):
+            del value["events"][0][key]
+        del value["events"][0]["function"]["parameters"]
+        member = parse_spec(value).filters[0]
+        assert (member.stream, member.group, member.rule) == ("", "", None)
+        assert member.parameters == {"frequency": 1, "threshold": 0, "by": ()}
+
+    @pytest.mark.parametrize("change, errors", [
+        # shapes
+        (lambda s: [], ["expected an object, not an array"]),
+        (lambda s: {}, ["'channels' is missing", "'events' is missing"]),
+        (lambda s: {**s, "event": []}, ["event: unknown key (did you mean 'events'?)"]),
+        (lambda s: {**s, "events": {}}, ["events: expected an array, not an object"]),
+        (lambda s: {**s, "events": []}, ["events: expected at least one filter"]),
+        (lambda s: {**s, "events": [1]}, ["events[0]: expected an object, not a number"]),
+        (lambda s: {**s, "channels": [None]}, ["channels[0]: expected an object, not null"]),
+        (lambda s: {**s, "events": s["events"] * 1025}, ["1025 filters are too many"]),
+        # channels
+        (lambda s: edit(s, "channels", type="files"), ["channels[0].type: unknown channel type 'files' (did you mean 'file'"]),
+        (lambda s: edit(s, "channels", path=""), ["channels[0].path: expected a text that is not empty"]),
+        (lambda s: edit(s, "channels", path=1), ["channels[0].path: expected a string, not a number"]),
+        (lambda s: edit(s, "channels", path="a\0b"), ["channels[0].path: a string with a NUL"]),
+        (lambda s: edit(s, "channels", id=""), ["channels[0].id: expected a text"]),
+        (lambda s: edit(s, "channels", id="9"), ["events[0].channel: unknown channel id '1'"]),
+        (lambda s: {**s, "channels": s["channels"] * 2}, ["channels[1].id: '1' is already the id of channels[0]"]),
+        (lambda s: edit(s, "channels", type="grpc", path="nohost"), ["channels[0].path: expected HOST:PORT", "format"]),
+        (lambda s: edit(s, "channels", type="grpc", path="h:99999"), ["channels[0].path: expected HOST:PORT", "format"]),
+        # filters
+        (lambda s: edit(s, "events", name="opne"), ["events[0].name: unknown event 'opne' (did you mean 'open'?)"]),
+        (lambda s: edit(s, "events", channel="2"), ["events[0].channel: unknown channel id '2'"]),
+        (lambda s: edit(s, "events", id=""), ["events[0].id: expected a text"]),
+        (lambda s: edit(s, "events", id=None), ["events[0].id: expected a string, not null"]),
+        (lambda s: {**s, "events": [{**s["events"][0], "id": "x"}] * 2}, ["events[1].id: 'x' is already the id"]),
+        (lambda s: {**s, "events": [{**s["events"][0], "id": "open-1"}, s["events"][0]]}, ["events[1].id: 'open-1'"]),
+        (lambda s: edit(s, "events", rules=""), ["events[0].rules: unknown key (did you mean 'rule'?)"]),
+        (lambda s: edit(s, "events", rule=True), ["events[0].rule: expected a string, not a boolean"]),
+        (lambda s: edit(s, "events", rule="flgs == 1"), ["events[0].rule: open has no field 'flgs' (did you mean 'flags'?)"]),
+        (lambda s: edit(s, "events", function={"id": "sigm"}), ["events[0].function.id: unknown function 'sigm' (did you"]),
+        (lambda s: edit(s, "events", function={}), ["events[0].function: 'id' is missing"]),
+        (lambda s: edit(s, "events", output={"metrics": "a"}), ["events[0].output: 'format' is missing",
+                                                               "events[0].output.metrics: unknown metrics 'a'"]),
+        (lambda s: edit(s, "events", output={"metrics": "alerts_per_sec", "format": "jsn"}),
+         ["events[0].output.format: unknown format for a file channel 'jsn' (did you mean 'json'?)"]),
+        (lambda s: {**edit(s, "channels", type="grpc", path="h:1")}, ["format for a grpc channel 'json'"]),
+        # parameters
+        *[(lambda s, p=p: edit(s, "events", function={"id": "sigma", "parameters": p}), [f"events[0].function.parameters: {e}"])
+          for p, e in [
+              ("frequency", "expected NAME=VALUE"), ("frequency=", "frequency: expected an integer"),
+              ("frequency=-1", "frequency: expected an integer"), ("frequency=1.5", "frequency: expected an integer"),
+              ("frequency=99999999999999999999", "frequency: expected"), ("frequncy=1", "sigma has no parameter 'frequncy' ("),
+              ("frequency=1;frequency=2", "parameter 'frequency' stands twice"), ("by=", "by: open has no field ''"),
+              ("by=commm", "by: open has no field 'commm' (did you mean 'comm'?)"), ("by=uid,uid", "by: field 'uid' stands"),
+              ("frequency=1;;threshold=1", "expected NAME=VALUE"), ("frequency=٣", "frequency: expected")]],
+    ])
+    def test_errors(self, change, errors):
+        found = errors_of(change(a_spec()))
+        assert len(found) == len(errors)
+        for text, expected in zip(found, errors):
+            assert expected in text
+
+    def test_all_errors_are_reported(self):
+        value = a_spec(rule="uid = 1", parameters="x=1;frequency=a", format="xml")
+        value["events"].append({"name": "nope"})
+        value["more"] = 1
+        found = "\n".join(errors_of(value))
+        for part in ("more: unknown key", "events[0].rule", "no parameter 'x'", "frequency: expected", "'xml'",
+                     "events[1]: 'channel' is missing", "events[1]: 'function' is missing", "events[1].name"):
+            assert part in found
+
+    @pytest.mark.parametrize("data, message", [
+        (b"", "empty"), (b" \n", "empty"), (b"{", "line 1 column 2"), (b'{"a": 1,\n "b" 2}', "line 2 column 6"),
+        (b"\xff{}", "not UTF-8: byte 0xff at offset 0"), (b"[" * 100000, "nested too deeply"), (b"\xef\xbb\xbf{}", "not JSON"),
+        (b'{"a": 1, "a": 2}', "a: stands twice"), (b'{"events": NaN}', "NaN is no JSON value"), (b"[1" + b"1" * 5000 + b"]", ""),
+        (b'{"channels": [], "events": []} x', "line 1 column 32"),
+    ])
+    def test_what_is_not_a_spec(self, tmp_path, data, message):
+        (tmp_path / "spec").write_bytes(data)
+        with pytest.raises(SpecError) as caught:
+            traceleft.load_spec(tmp_path / "spec")
+        assert message in str(caught.value)
+        assert all(text.startswith(f"{tmp_path}/spec: ") for text in caught.value.errors)
+
+    @pytest.mark.parametrize("path, message", [("/nonexistent", "No such file"), ("/", "directory"), ("a\0b", "null byte")])
+    def test_files_that_cannot_be_read(self, path, message):
+        with pytest.raises(SpecError, match=message):
+            traceleft.load_spec(path)
+
+    json_values = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+                  st.sampled_from(["open", "1", "sigma", "file", "alerts_per_sec", "uid == 0"])),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(
+            ["channels", "events", "id", "type", "path", "name", "channel", "rule", "function", "parameters", "output",
+             "metrics", "format", "x"]), inner, max_size=5)), max_leaves=12)
+
+    @settings(max_examples=500, deadline=None)
+    @given(json_values, st.sampled_from([(), ("events",), ("channels",), ("events", 0), ("events", 0, "function"),
+                                         ("events", 0, "output"), ("channels", 0), ("events", 0, "rule")]))
+    def test_any_value_anywhere_is_accepted_or_refused(self, value, place):
+        spec = a_spec()
+        if place:
+            at = spec
+            for step in place[:-1]:
+                at = at[step]
+            at[place[-1]] = value
+        with contextlib.suppress(SpecError):
+            parse_spec(spec if place else value)
+
+    def test_every_example_is_valid(self):
+        examples = sorted((HERE / "spec").glob("*.json"))
+        assert len(examples) >= 5
+        for path in examples:
+            assert run("check", path).stdout == f"{path}: ok\n"
+
+
+def edit(spec, key, **changes):
+    return {**spec, key: [{**spec[key][0], **changes}]}
+
+
+class TestAggregator:
+    def aggregate(self, spec, seconds):
+        """Alerts of each second, given the events of each."""
+        channel = ListChannel()
+        aggregator = Aggregator(spec, {"1": channel})
+        aggregator.tick(1000.0)
+        alerts = []
+        for second, events in enumerate(seconds, 1001):
+            for event in events:
+                aggregator.add(event)
+            aggregator.tick(float(second))
+            alerts.append([(alert.count, alert.matched, alert.sample) for alert in channel.alerts])
+            channel.alerts.clear()
+        return aggregator, alerts
+
+    def test_one_alert_a_second_with_counts_of_that_second(self):
+        a, b = an_open(pid=1), an_open(pid=2)
+        _, alerts = self.aggregate(a_spec(parameters="frequency=2"), [[a, b, a, b, a], [], [b], [a, b]])
+        assert alerts == [[(2, 5, b)], [], [(1, 1, b)], [(1, 2, b)]]
+
+    def test_nothing_passed_is_no_alert_and_its_matches_are_not_carried_over(self):
+        aggregator, alerts = self.aggregate(a_spec(parameters="threshold=2"), [[an_open()] * 2, [an_open()] * 3])
+        assert [[alert[:2] for alert in second] for second in alerts] == [[], [(1, 3)]]
+        assert aggregator.summary() == {"filters": [{"id": "open-0", "event": "open", "matched": 5, "passed": 1,
+                                                     "folded": 4, "alerts": 1, "lost": {}}], "balanced": True}
+
+    def test_a_second_ends_when_the_second_changes(self):
+        channel = ListChannel()
+        aggregator = Aggregator(a_spec(), {"1": channel})
+        aggregator.tick(5.0)
+        for now in (5.2, 5.9):
+            aggregator.add(an_open())
+            aggregator.tick(now)
+        assert not channel.alerts
+        aggregator.tick(6.0)
+        assert [alert.count for alert in channel.alerts] == [2]
+        aggregator.add(an_open())
+        aggregator.tick(3.0)  # the clock was set back
+        assert len(channel.alerts) == 2
+
+    def test_every_filter_sees_every_event(self):
+        spec = a_spec(rule="uid == 0")
+        spec["events"] += [{**spec["events"][0], "rule": "flags & O_CREAT"}, {**spec["events"][0], "name": "close", "rule": ""}]
+        aggregator, _ = self.aggregate(spec, [[an_open(), an_open(uid=1), make_event("close", 3)]])
+        assert [account["matched"] for account in aggregator.summary()["filters"]] == [1, 2, 1]
+
+    def test_alerts_times_frequency_recover_the_volume(self):
+        aggregator, alerts = self.aggregate(a_spec(parameters="frequency=100"), [[an_open()] * 1234] * 10)
+        passed = sum(alert[0] for second in alerts for alert in second)
+        assert passed == 123 and abs(passed * 100 - 12340) < 100
+
+    def test_specs_come_as_values_paths_and_records(self, tmp_path):
+        spec = a_spec()
+        for form in (spec, write_spec(tmp_path / "s", spec), str(tmp_path / "s"), parse_spec(spec)):
+            assert Aggregator(form, {"1": ListChannel()}).spec == parse_spec(spec)
+
+    def test_opens_no_channel_when_one_cannot_be_opened(self, tmp_path):
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["channels"].append({"id": "2", "type": "file", "path": str(tmp_path / "missing/log")})
+        spec["events"].append({**spec["events"][0], "channel": "2"})
+        with pytest.raises(traceleft.TraceleftError, match="channel '2'"):
+            Aggregator(spec)
+        assert open_files(tmp_path) == []
+
+
+def open_files(folder):
+    paths = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+    return [path for path in paths if path.startswith(str(folder))]
+
+
+class TestFileChannel:
+    def alerts(self, tmp_path, format, events, count=1):
+        spec = a_spec(format=format, channel={"id": "1", "type": "file", "path": str(tmp_path / "log")},
+                      parameters=f"frequency={count}")
+        aggregator = Aggregator(spec)
+        for second, event in enumerate(events):
+            for _ in range(count):
+                aggregator.add(event)
+            aggregator.tick(float(second))
+        aggregator.close()
+        assert aggregator.summary()["balanced"]
+        return (tmp_path / "log").read_bytes()
+
+    @pytest.mark.parametrize("format", ["text", "collector_spec_pb"])
+    def test_text_is_the_contracts_block(self, tmp_path, format):
+        event = an_open(ret=3, pid=4242, timestamp_ns=1234)
+        block = ("COUNT: 1\n"
+                 f"EVENT: {{Timestamp:1234 ProgramID:0 Pid:4242 Ret:3 Name:open Hash:{event.hash} Flags:0}} "
+                 'Filename "/tmp/a.txt" Flags 577 Mode 438\n\n')
+        assert self.alerts(tmp_path, format, [event] * 2).decode() == block * 2
+
+    @pytest.mark.parametrize("format", ["text", "json"])
+    def test_no_event_can_forge_a_record(self, tmp_path, format):
+        name = '/tmp/"\n\nCOUNT: 9\n\udcff\x1b[2J'
+        data = self.alerts(tmp_path, format, [an_open(name, comm="a\nb")])
+        assert data.count(b"\n") == (3 if format == "text" else 1)
+        assert b"\x1b" not in data and b"\xff" not in data
+        if format == "json":
+            assert json.loads(data)["sample"]["args"]["filename"] == name
+
+    def test_json_fields(self, tmp_path):
+        event = an_open("/é", ret=-2, pid=5, tid=6, ppid=7, uid=8, gid=9, comm="sh", program_id=10, timestamp_ns=11)
+        record = json.loads(self.alerts(tmp_path, "json", [event]))
+        assert record == {
+            "time": "1970-01-01T00:00:00.000Z", "host": socket.gethostname(), "filter": "open-0", "event": "open",
+            "stream": "s", "group": "g", "metrics": "alerts_per_sec", "count": 1, "matched": 1, "lost": 0,
+            "sample": {"timestamp_ns": 11, "pid": 5, "tid": 6, "ppid": 7, "uid": 8, "gid": 9, "comm": "sh",
+                       "program_id": 10, "ret": -2, "hash": event.hash,
+                       "args": {"filename": "/é", "flags": 577, "mode": 438}}}
+        assert datetime.datetime.fromisoformat(record["time"].replace("Z", "+00:00")).timestamp() == 0
+
+    def test_path_is_in_the_sample_where_it_is_known(self, tmp_path):
+        spec = a_spec(name="close", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        aggregator = Aggregator(spec)
+        aggregator.add(make_event("close", 3, path="/x"))
+        aggregator.flush(1.0)
+        assert json.loads((tmp_path / "log").read_text())["sample"]["path"] == "/x"
+        aggregator.close()
+
+    def test_is_created_private_and_appended_to(self, tmp_path):
+        (tmp_path / "old").write_text("before\n")
+        first = self.alerts(tmp_path, "text", [an_open()])
+        assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+        assert self.alerts(tmp_path, "text", [an_open()]) == first * 2
+
+    @pytest.mark.parametrize("path, message", [("missing/log", "No such file"), ("", "Is a directory"), ("file/log", "Not a")])
+    def test_paths_that_cannot_be_opened(self, tmp_path, path, message):
+        (tmp_path / "file").touch()
+        with pytest.raises(traceleft.TraceleftError, match=message) as caught:
+            Aggregator(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/{path}"}))
+        assert caught.value.exit_code == 1
+
+    def test_what_cannot_be_written_is_lost_and_counted(self, capsys):
+        aggregator = Aggregator(a_spec(channel={"id": "1", "type": "file", "path": "/dev/full"}, parameters="frequency=2"))
+        for second in range(3):
+            for _ in range(8):
+                aggregator.add(an_open())
+            aggregator.tick(float(second))
+        aggregator.close()
+        assert aggregator.summary() == {"filters": [{"id": "open-0", "event": "open", "matched": 24, "passed": 12,
+                                                     "folded": 12, "alerts": 3, "lost": {"write_failed": 12}}],
+                                        "balanced": True}
+        assert capsys.readouterr().err == ("traceleft: cannot write to /dev/full: No space left on device; "
+                                           "alerts are lost and counted\n")
+
+    def test_the_next_alert_says_what_was_lost(self):
+        class Failing(ListChannel, traceleft.Channel):
+            def send(self, alert):
+                super().send(alert)
+                account = self.accounts[alert.filter.id]
+                account.lose("test", alert.count) if len(self.alerts) < 3 else account.deliver(alert.count)
+        channel = Failing()
+        aggregator = Aggregator(a_spec(), {"1": channel})
+        channel.accounts = aggregator.accounts
+        for second in range(4):
+            aggregator.add(an_open())
+            aggregator.tick(float(second))
+        assert [alert.lost for alert in channel.alerts] == [0, 1, 1, 0]
+        assert aggregator.summary()["balanced"]
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory):
+    """What grpcio-tools makes of proto/ alone: (messages, services)."""
+    folder = tmp_path_factory.mktemp("generated")
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE / 'proto'}", f"--python_out={folder}",
+                    f"--grpc_python_out={folder}", "metric_collector.proto"], check=True)
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("metric_collector_pb2"), importlib.import_module("metric_collector_pb2_grpc")
+    sys.path.remove(str(folder))
+
+
+class ProtoServer:
+    """A collector made from proto/ alone, such as others have."""
+
+    def __init__(self, generated, port=0, credentials=None, delay=0.0, failures=0):
+        self.messages, services = generated
+        self.streams, self.delay, self.failures = [], delay, failures
+        outer = self
+
+        class Servicer(services.MetricCollectorServicer):
+            def Process(self, stream, context):
+                metrics = list(stream)
+                time.sleep(outer.delay)
+                if outer.failures:
+                    outer.failures -= 1
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
+                outer.streams.append(metrics)
+                return outer.messages.Empty()
+
+        self.server = grpc.server(futures.ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
+        services.add_MetricCollectorServicer_to_server(Servicer(), self.server)
+        address = f"localhost:{port}"
+        self.port = (self.server.add_secure_port(address, credentials) if credentials
+                     else self.server.add_insecure_port(address))
+        self.server.start()
+
+    @property
+    def metrics(self):
+        return [metric for stream in self.streams for metric in stream]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.server.stop(None).wait()
+
+
+def grpc_spec(port, **more):
+    return a_spec(format="collector_spec_pb", channel={"id": "1", "type": "grpc", "path": f"localhost:{port}"}, **more)
+
+
+class TestWire:
+    def test_the_readable_contract_and_the_built_one_are_the_same(self, generated):
+        wire = traceleft.build_wire()
+        built = wire["Metric"].DESCRIPTOR.file
+        written = generated[0].DESCRIPTOR
+
+        def shape(file):
+            return {name: [(f.name, f.number, f.type, f.message_type.name if f.message_type else None)
+                           for f in message.fields] for name, message in file.message_types_by_name.items()}
+
+        assert shape(built) == shape(written)
+        assert built.package == written.package == "tracer"
+        method = written.services_by_name["MetricCollector"].methods_by_name["Process"]
+        assert f"/{method.containing_service.full_name}/{method.name}" == traceleft.WIRE_METHOD
+        assert (method.input_type.name, method.output_type.name) == ("Metric", "Empty")
+
+    def test_the_contracts_numbers(self):
+        fields = {f.name: f.number for f in traceleft.build_wire()["Metric"].DESCRIPTOR.fields if f.number < 100}
+        assert fields == {
+            "Count": 1, "CommonEvent": 2, "ConnectV4Event": 3, "ConnectV6Event": 4, "ChmodEvent": 5, "ChownEvent": 6,
+            "CloseEvent": 7, "FchmodEvent": 8, "FchmodatEvent": 9, "FchownEvent": 10, "FchownatEvent": 11,
+            "MkdirEvent": 12, "MkdiratEvent": 13, "OpenEvent": 14, "ReadEvent": 15, "WriteEvent": 16}
+
+    EVENTS = [
+        (make_event("open", "/\udcff", 577, 438), {"filename": b"/\xff", "flags": 577, "mode": 438}),
+        (make_event("close", -1), {"fd": 2**64 - 1}),
+        (make_event("read", 3, "\udc80x", 2**64 - 1), {"fd": 3, "buf": b"\x80x", "count": -1}),
+        (make_event("write", 3, "x", 1), {"fd": 3, "buf": b"x", "count": 1}),
+        (make_event("mkdir", "d", 0o755), {"pathname": b"d", "mode": 0o755}),
+        (make_event("mkdirat", -100, "d", 0o755), {"dfd": -100, "pathname": b"d", "mode": 0o755}),
+        (make_event("chmod", "f", 0o4755), {"filename": b"f", "mode": 0o4755}),
+        (make_event("fchmod", 3, 0o600), {"fd": 3, "mode": 0o600}),
+        (make_event("fchmodat", 5, "f", 0o600), {"dfd": 5, "filename": b"f", "mode": 0o600}),
+        (make_event("chown", "f", 2**32 - 1, 2), {"filename": b"f", "user": 2**32 - 1, "group": 2}),
+        (make_event("fchown", 3, 1, 2), {"fd": 3, "user": 1, "group": 2}),
+        (make_event("fchownat", -100, "f", 1, 2, 256), {"dfd": -100, "filename": b"f", "user": 1, "group": 2, "flag": 256}),
+    ]
+
+    @pytest.mark.parametrize("event, fields", EVENTS, ids=[event.name for event, _ in EVENTS])
+    def test_every_event_type(self, generated, event, fields):
+        event = event._replace(ret=-2, pid=7, tid=8, ppid=9, uid=10, gid=11, comm="c\udcff", program_id=12,
+                               timestamp_ns=13, incomplete=1, path="/p")
+        spec = parse_spec(grpc_spec(1, name=event.name)).filters[0]
+        alert = traceleft.Alert(spec, 1.5, 20, 30, 40, event)
+        metric = generated[0].Metric.FromString(traceleft.encode_metric(traceleft.build_wire(), alert))
+        message = getattr(metric, f"{traceleft.camel_case(event.name)}Event")
+        assert {name: getattr(message, name) for name in fields} == fields
+        common = metric.CommonEvent
+        assert (common.Timestamp, common.Pid, common.Ret, common.Name, common.Hash, common.Flags) == (
+            13, 7, -2, event.name, event.hash, 1)
+        assert (common.Tid, common.Ppid, common.Uid, common.Gid, common.Comm, common.ProgramID, common.Path) == (
+            8, 9, 10, 11, b"c\xff", 12, b"/p")
+        assert (metric.Count, metric.Matched, metric.Lost, metric.Host, metric.Filter, metric.Stream, metric.Group,
+                metric.Metrics, metric.Time) == (20, 30, 40, socket.gethostname(), f"{event.name}-0", "s", "g",
+                                                 "alerts_per_sec", 1.5)
+
+    def test_every_event_type_is_in_the_table_above(self):
+        assert [event.name for event, _ in self.EVENTS] == sorted(EVENT_TYPES, key=[e.name for e, _ in self.EVENTS].index)
+
+
+class TestGrpcChannel:
+    def run_seconds(self, port, seconds, spec=None):
+        aggregator = Aggregator(spec or grpc_spec(port), insecure=True)
+        for second in range(seconds):
+            aggregator.add(an_open())
+            aggregator.add(an_open())
+            aggregator.tick(float(second))
+        return aggregator
+
+    def test_one_acknowledged_stream_a_tick(self, generated):
+        with ProtoServer(generated) as server:
+            aggregator = Aggregator(grpc_spec(server.port), insecure=True)
+            for second in range(3):
+                aggregator.add(an_open())
+                aggregator.tick(float(second))
+                wait_until(lambda wanted=second + 1: len(server.streams) == wanted, "a stream of its own")
+            aggregator.close()
+        assert [[metric.Count for metric in stream] for stream in server.streams] == [[1], [1], [1]]
+        assert aggregator.summary()["balanced"] and aggregator.accounts["open-0"].delivered == 3
+
+    def test_what_is_not_acknowledged_is_sent_again(self, generated, capsys):
+        with ProtoServer(generated, failures=2) as server:
+            aggregator = self.run_seconds(server.port, 3)
+            wait_until(lambda: sum(metric.Count for metric in server.metrics) == 6, "all alerts")
+            aggregator.close()
+        assert aggregator.accounts["open-0"].delivered == 6 and aggregator.summary()["balanced"]
+        err = capsys.readouterr().err
+        assert "RESOURCE_EXHAUSTED: not now; alerts are kept and sent again" in err
+        assert "acknowledges again" in err
+
+    def test_a_collector_that_comes_late_gets_everything(self, generated):
+        with socket.socket() as reserved:
+            reserved.bind(("localhost", 0))
+            port = reserved.getsockname()[1]
+        aggregator = self.run_seconds(port, 5)
+        assert aggregator.accounts["open-0"].delivered == 0
+        with ProtoServer(generated, port) as server:
+            aggregator.close()
+            assert sum(metric.Count for metric in server.metrics) == 10
+        assert aggregator.summary()["balanced"] and aggregator.accounts["open-0"].lost == {}
+
+    def test_an_absent_collector_holds_up_nothing_and_its_alerts_are_counted(self, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
+        begin = time.monotonic()
+        aggregator = self.run_seconds(1, 100)
+        assert time.monotonic() - begin < 0.9  # sending is in the background: 100 attempts would take longer
+        aggregator.close()
+        assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 200}
+        assert aggregator.summary()["balanced"]
+        assert "100 alerts were not acknowledged" in capsys.readouterr().err
+
+    def test_a_collector_that_does_not_answer_is_given_up(self, generated, monkeypatch):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
+        with ProtoServer(generated, delay=3.0) as server:
+            aggregator = self.run_seconds(server.port, 2)
+            time.sleep(0.2)
+            begin = time.monotonic()
+            aggregator.close()
+            assert time.monotonic() - begin < 2.0
+        assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 4}
+        assert aggregator.summary()["balanced"]
+
+    def test_the_queue_is_bounded(self, monkeypatch):
+        monkeypatch.setattr(traceleft, "MAX_QUEUE_BYTES", 1000)
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        aggregator = self.run_seconds(1, 50)
+        assert aggregator.channels["1"].queue_bytes <= 1000
+        aggregator.close()
+        lost = aggregator.accounts["open-0"].lost
+        assert lost["queue_full"] > 0 and sum(lost.values()) == 100
+        assert aggregator.summary()["balanced"]
+
+
+class TestSelectors:
+    @pytest.mark.parametrize("text, selector", [
+        ("open", traceleft.Selector(("open",))),
+        ("open,close", traceleft.Selector(("open", "close"))),
+        ("1:read", traceleft.Selector(("read",), (1,))),
+        ("42:1234,1235:read", traceleft.Selector(("read",), (1234, 1235), 42)),
+        ("42:0:read,open,read", traceleft.Selector(("read", "open"), (0,), 42)),
+    ])
+    def test_parses(self, text, selector):
+        assert traceleft.parse_selector(text) == selector
+
+    @pytest.mark.parametrize("text, message", [
+        ("", "malformed"), (":open", "malformed"), ("1:2:3:open", "malformed"), ("a:open", "PID must be"), ("1:", "malformed"),
+        ("-1:open", "PID must be"), ("99999999:open", "PID must be"), ("x:1:open", "PROGRAM_ID must"), ("1,:open", "PID must"),
+        ("opne", "did you mean 'open'"), ("open,", "unknown event ''"), ("18446744073709551616:1:open", "PROGRAM_ID must"),
+    ])
+    def test_errors(self, text, message):
+        with pytest.raises(traceleft.UsageError, match=message):
+            traceleft.parse_selector(text)
+
+    def test_contradictions_and_processes_that_do_not_exist(self):
+        parse = traceleft.parse_selector
+        with pytest.raises(traceleft.UsageError, match="two program ids, 1 and 2"):
+            traceleft.plan_selectors([parse("1:1:open"), parse("2:1:open")])
+        with pytest.raises(traceleft.UsageError, match="there is no process 4194304"):
+            traceleft.plan_selectors([parse("4194304:open")])
+
+    def test_a_spec_is_restricted(self):
+        spec = parse_spec(a_spec())
+        assert traceleft.plan_spec(spec, [])["open"].any_process
+        plan = traceleft.plan_spec(spec, [traceleft.parse_selector("7:1:open")])
+        assert plan == {"open": traceleft.Wanted(False, 0, {1: 7})}
+        with pytest.raises(traceleft.UsageError, match="no filter of the spec uses"):
+            traceleft.plan_spec(spec, [traceleft.parse_selector("close")])
+
+
+class TestKernelSide:
+    """The layouts that traceleft.py repeats, against the BTF of the object."""
+
+    @pytest.fixture(scope="class")
+    def btf(self):
+        dump = json.loads(subprocess.run(["bpftool", "-j", "btf", "dump", "file", traceleft.OBJECT_PATH],
+                                         capture_output=True, check=True).stdout)
+        return {kind["name"]: kind for kind in dump["types"] if kind["kind"] in ("STRUCT", "ENUM") and kind["name"] != "(anon)"}
+
+    def offsets(self, kind):
+        return {member["name"]: member["bits_offset"] // 8 for member in kind["members"]}
+
+    def python_offsets(self, fields):
+        offsets, at = {}, 0
+        for name, code in fields:
+            offsets[name] = at
+            at += struct.calcsize("=" + code)
+        return offsets, at
+
+    def test_event_header(self, btf):
+        offsets, size = self.python_offsets(traceleft.HEADER_FIELDS)
+        assert offsets == self.offsets(btf["event_header"])
+        assert size == traceleft.HEADER.size == btf["event_header"]["size"]
+
+    @pytest.mark.parametrize("name, fields", [
+        ("argument", (("kind", "B"), ("reg", "B"), ("bits", "B"), ("reserved", "5x"), ("value", "Q"))),
+        ("process_key", (("pid", "I"), ("event", "I"))),
+        ("counters", (("submitted", "Q"), ("lost", "Q"))),
+    ])
+    def test_tables(self, btf, name, fields):
+        offsets, size = self.python_offsets(fields)
+        packed = {"argument": traceleft.ARGUMENT, "process_key": traceleft.PROCESS_KEY, "counters": traceleft.COUNTERS}[name]
+        assert offsets == self.offsets(btf[name])
+        assert size == packed.size == btf[name]["size"]
+
+    def test_source(self, btf):
+        assert btf["source"]["size"] == traceleft.SOURCE.size + traceleft.MAX_ARGS * traceleft.ARGUMENT.size
+        assert self.offsets(btf["source"])["arguments"] == traceleft.SOURCE.size
+
+    def test_enums(self):
+        """clang leaves enums that are only compared out of the BTF, so these are read from the header."""
+        header = re.sub(r"/\*.*?\*/", "", (HERE / "bpf/traceleft.h").read_text(), flags=re.S)
+        kinds = re.findall(r"KIND_\w+", re.search(r"enum argument_kind \{(.*?)\}", header, re.S)[1])
+        assert kinds == sorted(kinds, key=lambda name: getattr(traceleft, name)) and len(kinds) == 9
+        values = dict(re.findall(r"(SOURCE_\w+|EVENT_\w+|MAX_ARGS|RECORD_VERSION) ?=? ?(\d+(?: << \d+)?)", header))
+        for name, value in values.items():
+            mine = {"EVENT_INCOMPLETE": 1}.get(name, getattr(traceleft, name.replace("EVENT_", "FLAG_"), None))
+            assert mine == eval(value), name
+        assert len(values) >= 7
+
+    def test_prog_info(self):
+        """struct bpf_prog_info against this kernel's own BTF."""
+        dump = json.loads(subprocess.run(["bpftool", "-j", "btf", "dump", "file", "/sys/kernel/btf/vmlinux"],
+                                         capture_output=True, check=True).stdout)
+        info = next(k for k in dump["types"] if k["kind"] == "STRUCT" and k["name"] == "bpf_prog_info")
+        assert self.offsets(info)["recursion_misses"] == traceleft.PROG_INFO_RECURSION_MISSES
+
+
+@pytest.mark.usefixtures("programs")
+class TestTracer:
+    pytestmark = live
+
+    def trace_calls(self, programs, folder, selector, python=sys.executable):
+        """The lines that `trace` prints for the program `calls`, its pid, and the exit code."""
+        caller = subprocess.Popen([programs["calls"], folder], stdin=subprocess.PIPE)
+        try:
+            with Agent("trace", selector.format(pid=caller.pid), python=python) as agent:
+                caller.stdin.close()
+                assert caller.wait(DEADLINE) == 0
+                code, output = agent.stop()
+        finally:
+            caller.kill()
+            caller.wait()
+        return output.splitlines(), caller.pid, code
+
+    def expected(self, pid, program_id, path, name, ret, *args, incomplete=0):
+        """Events are built from the table, so that the line is wrong if the table is."""
+        event = make_event(name, *args, ret=ret, pid=pid, program_id=program_id, incomplete=incomplete, path=path)
+        return traceleft.format_event(event)
+
+    def test_every_named_syscall_to_the_letter(self, programs, tmp_path):
+        here = str(tmp_path)
+        lines, pid, code = self.trace_calls(programs, here, "42:{pid}:" + ",".join(EVENT_TYPES))
+        assert code == 0
+        lines = lines[lines.index(next(line for line in lines if '"file" Flags' in line)):]  # after its start-up
+
+        def line(path, *call, **more):
+            return self.expected(pid, 42, path, *call, **more)
+
+        flags = os.O_RDWR | os.O_CREAT
+        expected = [
+            line(None, "open", 3, "file", flags, 0o640),
+            line(None, "open", 4, "created", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600),
+            line(None, "open", 5, ".", os.O_RDONLY | os.O_DIRECTORY, 0),
+            line(None, "open", 6, "file", os.O_RDONLY | os.O_CLOEXEC, 0),
+            line(None, "open", -2, "missing", 0, 0),
+            line(None, "open", -2, "", 0, 0),
+            line(None, "open", -14, "", 0, 0, incomplete=1),
+            line(f"{here}/file", "write", 6, 3, "hello\n", 6),
+            line(f"{here}/created", "write", 300, 4, "x" * 256, 300),
+            line(None, "write", -9, -1, "lost", 4),
+            line(f"{here}/file", "read", 6, 3, "hello\n", 300),
+            line(f"{here}/file", "read", 0, 3, "", 300),
+            line(None, "mkdir", 0, "directory", 0o750),
+            line(here, "mkdirat", 0, 5, "other", 0o700),
+            line(here, "mkdirat", -17, -100, "directory", 0o700),
+            line(None, "chmod", 0, "file", 0o4755),
+            line(f"{here}/file", "fchmod", 0, 3, 0o600),
+            line(here, "fchmodat", 0, 5, "file", 0o644),
+            line(None, "chown", 0, "file", 1, 2),
+            line(f"{here}/file", "fchown", 0, 3, 3, 2**32 - 1),
+            line(here, "fchownat", 0, 5, "file", 5, 6, 0x100),
+            line(None, "close", 0, 3),
+            line(None, "close", -9, -1),
+        ]
+        # the process may be gone before its last descriptors are looked up; a wrong path is never shown instead
+        known_or_not = [{text, re.sub(r"(\d)<[^>]*>", r"\1<unknown>", text)} for text in expected]
+        assert len(lines) == len(expected)
+        for shown, allowed in zip(lines, known_or_not):
+            assert shown in allowed
+
+    def test_a_descriptor_is_followed_by_its_path(self, tmp_path):
+        reader = subprocess.Popen([sys.executable, "-c", "import sys,time\nf=open('/proc/cpuinfo','rb',0)\nsys.stdin.read()\n"
+                                   "f.read(1)\ntime.sleep(30)"], stdin=subprocess.PIPE)
+        try:
+            wait_until(lambda: any(os.readlink(p) == "/proc/cpuinfo" for p in Path(f"/proc/{reader.pid}/fd").iterdir()), "open")
+            with Agent("trace", f"{reader.pid}:read") as agent:
+                reader.stdin.close()
+                time.sleep(0.5)
+                _, output = agent.stop()
+        finally:
+            reader.kill()
+            reader.wait()
+        assert re.search(r'Fd \d+</proc/cpuinfo> Buf "p" Count 1$', output, re.M)
+
+    def test_selects_processes_and_reports_program_ids(self, programs, tmp_path):
+        lines, pid, _ = self.trace_calls(programs, str(tmp_path), "7:{pid}:mkdir")
+        assert [re.sub(r"hash \d+", "hash H", line) for line in lines] == [
+            f'name mkdir pid {pid} program id 7 return value 0 hash H Pathname "directory" Mode 488']
+
+    def test_without_pid_every_process_is_traced(self, programs, tmp_path):
+        with Agent("trace", "mkdir,close") as agent:
+            for i in range(3):
+                subprocess.run(["mkdir", tmp_path / str(i)], check=True)
+            code, output = agent.stop(signal.SIGTERM)
+        assert code == 0
+        for i in range(3):
+            assert output.count(f'Pathname "{tmp_path}/{i}" Mode 511') == 1
+        assert "name close" in output
+
+    @pytest.mark.parametrize("length, whole", [(255, True), (3000, True), (4094, True), (4095, True), (4096, False)])
+    def test_strings_are_captured_whole(self, length, whole):
+        path = "/" + "x" * (length - 1)
+        with traceleft.Tracer(f"{os.getpid()}:open") as tracer:
+            libc = traceleft.ctypes.CDLL(None, use_errno=True)
+            libc.open(path.encode(), 0)
+            tracer.detach()
+            event = next(e for e in tracer.drain() if e.args[0].startswith("/xxx"))
+        assert event.incomplete == (not whole)
+        assert event.args[0] == path[:4096]
+        assert event.ret == (-2 if length < 257 else -36)  # ENAMETOOLONG: names have at most 255 characters
+
+    def test_a_short_path_costs_a_short_record(self):
+        with traceleft.Tracer(f"{os.getpid()}:mkdir") as tracer:
+            with contextlib.suppress(OSError):
+                os.mkdir("/")
+            tracer.detach()
+            tracer.bpf.library.ring_buffer__consume(tracer.ring)
+            assert [len(record) for record in tracer.records] == [traceleft.HEADER.size + 1]
+
+    def test_who_made_the_call(self, tmp_path):
+        script = f"import os\nos.setresgid(5, 5, 5)\nos.setresuid(4, 4, 4)\nos.path.exists('x')\nopen('{tmp_path}/nope')"
+        before = time.time_ns()
+        with traceleft.Tracer("open") as tracer:
+            child = subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+            tracer.detach()
+            event = next(e for e in tracer.drain() if e.args[0] == f"{tmp_path}/nope")
+        assert child.returncode == 1
+        assert (event.ppid, event.uid, event.gid, event.ret) == (os.getpid(), 4, 5, -13)
+        assert event.comm == Path(sys.executable).resolve().name[:15] or event.comm.startswith("python")
+        assert event.pid == event.tid != os.getpid()
+        assert before < event.timestamp_ns < time.time_ns()
+
+    def test_threads_have_ids_of_their_own(self):
+        with traceleft.Tracer(f"{os.getpid()}:mkdir") as tracer:
+            def call():
+                with contextlib.suppress(OSError):
+                    os.mkdir("/")
+                tids.append(threading.get_native_id())
+            tids = []
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+            tracer.detach()
+            events = list(tracer.drain())
+        assert [(e.pid, e.tid) for e in events] == [(os.getpid(), tids[0])]
+
+    def test_its_own_events_are_left_out(self):
+        with Agent("trace", "write") as agent:  # printing an event is a write: a loop, if it saw itself
+            time.sleep(1)
+            pid = agent.process.pid
+            _, output = agent.stop()
+        assert f"pid {pid} " not in output
+
+    def test_a_process_in_another_pid_namespace_is_in_a_container(self, tmp_path):
+        with Agent("trace", "mkdir") as agent:
+            subprocess.run(["unshare", "--pid", "--fork", "mkdir", tmp_path / "in"], check=True)
+            subprocess.run(["mkdir", tmp_path / "out"], check=True)
+            _, output = agent.stop()
+        lines = [line for line in output.splitlines() if str(tmp_path) in line]
+        assert [line.endswith(" [container]") for line in lines] == [True, False]
+
+    def test_iterates(self):
+        with traceleft.Tracer(f"{os.getpid()}:mkdir") as tracer:
+            with contextlib.suppress(OSError):
+                os.mkdir("/")
+            assert next(iter(tracer)).args == ("/", 0o777)
+
+    def test_a_full_ring_is_counted_and_said(self, programs, tmp_path):
+        with Agent("trace", "open", "--ring-size", 4096, "--summary", tmp_path / "summary",
+                   stdout=subprocess.DEVNULL) as agent:
+            agent.process.send_signal(signal.SIGSTOP)
+            subprocess.run([programs["opens"], tmp_path / "f", "1000"], check=True)
+            agent.process.send_signal(signal.SIGCONT)
+            code, _ = agent.stop()
+        summary = json.loads((tmp_path / "summary").read_text())
+        (row,) = summary["filters"]
+        assert code == 4 and not summary["balanced"]
+        assert row["lost"]["ring_full"] + row["matched"] >= 1000
+        assert any("does not add up" in line for line in agent.stderr)
+
+    def test_attaches_only_to_what_is_named(self):
+        with traceleft.Tracer("read,mkdir") as tracer:
+            assert [source.syscall.name for source in tracer.sources] == ["read", "mkdir"]
+            assert len(tracer.links) == 2
+
+    def test_leaves_nothing_attached(self):
+        def programs():
+            shown = json.loads(subprocess.run(["bpftool", "-j", "prog"], capture_output=True, check=True).stdout)
+            return {p["id"] for p in shown}
+        before = programs()
+        with traceleft.Tracer("open"):
+            assert programs() - before
+        wait_until(lambda: not programs() - before, "the program is gone")
+
+
+class TestWalkThrough:
+    pytestmark = live
+
+    def test_exact_numbers(self, programs, tmp_path):
+        """Each N through one agent of its own path, all at once, so that they cannot be confused either."""
+        numbers = (1, 99, 100, 101, 250_000)
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["events"] = [{**spec["events"][0], "id": str(n), "rule": f"arg1 == '{tmp_path}/{n}'",
+                           "function": {"id": "sigma", "parameters": "frequency=100;threshold=0"}} for n in numbers]
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            for n in numbers:
+                subprocess.run([programs["opens"], tmp_path / str(n), str(n)], check=True)
+            code, output = agent.stop()
+        assert code == 0
+        summary = json.loads(output)
+        assert summary["balanced"]
+        assert [(row["id"], row["matched"], row["passed"], row["folded"], row["lost"]) for row in summary["filters"]] == [
+            (str(n), n, n // 100, n - n // 100, {}) for n in numbers]
+        counts = {str(n): 0 for n in numbers}
+        for line in (tmp_path / "log").read_text().splitlines():
+            record = json.loads(line)
+            counts[record["filter"]] += record["count"]
+        assert counts == {str(n): n // 100 for n in numbers}
+
+    SHELL_LOOP = "trap 'echo $n; exit' TERM; n=0; while true; do echo -n > {path}; n=$((n+1)); done"
+
+    def shell_loop(self, path, seconds):
+        """Opens the file from a shell for a while; returns how often."""
+        loop = subprocess.Popen(["bash", "-c", self.SHELL_LOOP.format(path=path)], stdout=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        loop.terminate()
+        return int(loop.communicate(timeout=DEADLINE)[0])
+
+    def test_one_block_a_second_whose_counts_recover_the_volume(self, tmp_path):
+        spec = json.loads((HERE / "spec/aggregator-spec.json").read_text())
+        spec["channels"][0]["path"] = str(tmp_path / "log")
+        spec["events"][0]["rule"] = f"arg1 == '{tmp_path}/a.txt'"
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", tmp_path / "summary") as agent:
+            opens = self.shell_loop(tmp_path / "a.txt", 10)
+            code, _ = agent.stop()
+        assert code == 0
+        blocks = (tmp_path / "log").read_text().split("\n\n")[:-1]
+        counts = [int(re.match(r"COUNT: (\d+)\nEVENT: \{.*\} Filename \"(.*)\" Flags 577 Mode 438$", b)[1]) for b in blocks]
+        assert 9 <= len(blocks) <= 12
+        assert abs(sum(counts) * 100 - opens) <= 100
+        assert json.loads((tmp_path / "summary").read_text())["balanced"]
+
+    def test_the_same_over_grpc_with_collect(self, tmp_path):
+        with Agent("collect", "--listen", "127.0.0.1:0") as collector:
+            port = collector.stderr[-1].rpartition(":")[2]
+            spec = grpc_spec(port, rule=f"arg1 == '{tmp_path}/a.txt'", parameters="frequency=100")
+            with Agent("trace", "--collector-insecure", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-"
+                       ) as agent:
+                opens = self.shell_loop(tmp_path / "a.txt", 3)
+                code, output = agent.stop()
+            assert code == 0
+            collected, lines = collector.stop()
+        (row,) = json.loads(output)["filters"]
+        assert abs(row["passed"] * 100 - opens) <= 100 and row["lost"] == {}
+        last = lines.splitlines()[-1]
+        assert collected == 0
+        assert last == f"total {row['passed']} in {row['alerts']} alerts from 1 host(s)"
+        assert re.search(rf"host {socket.gethostname()} event open count \d+ rate \d+/s total {row['passed']} ", lines)
+
+    def test_selectors_restrict_a_spec(self, programs, tmp_path):
+        spec = write_spec(tmp_path / "spec", a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        caller = subprocess.Popen([programs["calls"], str(tmp_path)], stdin=subprocess.PIPE)
+        with Agent("trace", "--spec", spec, f"9:{caller.pid}:open", "--summary", "-") as agent:
+            subprocess.run([programs["opens"], tmp_path / "f", "50"], check=True)
+            caller.stdin.close()
+            caller.wait(DEADLINE)
+            _, output = agent.stop()
+        assert json.loads(output)["filters"][0]["matched"] == 7
+        assert all(json.loads(line)["sample"]["program_id"] == 9 for line in (tmp_path / "log").read_text().splitlines())
+
+    def test_duration_ends_it(self, tmp_path):
+        spec = write_spec(tmp_path / "spec", a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        done = run("trace", "--spec", spec, "--duration", "0.5")
+        assert done.returncode == 0
+        assert done.stderr.splitlines()[0].startswith("traceleft: ready")
+        assert "FILTER  EVENT" in done.stderr
+
+    @pytest.mark.parametrize("path", sorted((HERE / "spec").glob("*.json")), ids=lambda path: path.name)
+    def test_every_example_runs(self, path, tmp_path):
+        """As it stands, but for the places that it writes to."""
+        value = json.loads(path.read_text())
+        for i, channel in enumerate(value["channels"]):
+            channel["path"] = f"{tmp_path}/log{i}" if channel["type"] == "file" else "localhost:1"
+        uses_grpc = any(channel["type"] == "grpc" for channel in value["channels"]
+                        if channel["id"] in {event["channel"] for event in value["events"]})
+        done = run("trace", "--collector-insecure", "--spec", write_spec(tmp_path / path.name, value), "--duration", "1.2",
+                   "--summary", "-")
+        summary = json.loads(done.stdout)
+        assert done.returncode == 0 and summary["balanced"]
+        lost = sum(count for row in summary["filters"] for count in row["lost"].values())
+        assert lost == 0 or uses_grpc
+
+    def test_grpc_with_tls_trusts_the_systems_roots_and_nobody_else(self, generated, tmp_path):
+        """In a mount namespace the system's roots are a CA of our own; outside of it they are not."""
+        make_certificates(tmp_path)
+        credentials = grpc.ssl_server_credentials([((tmp_path / "key.pem").read_bytes(), (tmp_path / "cert.pem").read_bytes())])
+        with ProtoServer(generated, credentials=credentials) as server:
+            spec = write_spec(tmp_path / "spec", grpc_spec(server.port, name="mkdir"))
+            with_ca = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs t /etc/ssl/certs && cp {tmp_path}/ca.pem "
+                       '/etc/ssl/certs/ca-certificates.crt && exec "$@"', "sh"]
+            outcomes = {}
+            for name, prefix in (("trusted", with_ca), ("not trusted", ())):
+                if not prefix and not any(os.path.exists(path) for path in traceleft.CA_BUNDLES):
+                    done = run("trace", "--spec", spec, "--duration", "1")
+                    assert done.returncode == 3 and "no CA certificates" in done.stderr
+                    continue
+                with Agent("trace", "--spec", spec, "--summary", "-", prefix=prefix) as agent:
+                    subprocess.run(["mkdir", tmp_path / name], check=True)
+                    time.sleep(1.1)
+                    code, output = agent.stop()
+                (row,) = json.loads(output)["filters"]
+                outcomes[name] = (code, row["matched"], sum(row["lost"].values()))
+        assert outcomes["trusted"] == (0, 1, 0)
+        assert outcomes.get("not trusted", (0, 1, 1)) == (0, 1, 1)
+        assert [metric.MkdirEvent.pathname for metric in server.metrics] == [f"{tmp_path}/trusted".encode()]
+
+
+def make_certificates(folder):
+    """ca.pem, and cert.pem with key.pem for localhost, signed by it."""
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], check=True, cwd=folder, capture_output=True)
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test CA")
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem", "-out", "csr.pem", "-subj", "/CN=localhost",
+            "-addext", "subjectAltName=DNS:localhost")
+    (folder / "ext").write_text("subjectAltName=DNS:localhost\n")
+    openssl("x509", "-req", "-in", "csr.pem", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", "cert.pem", "-extfile", "ext",
+            "-CAcreateserial")
+
+
+class TestCollector:
+    def test_counts_per_event_and_host(self, tmp_path):
+        with Agent("collect", "--listen", "localhost:0") as agent:
+            port = agent.stderr[-1].rpartition(":")[2]
+            spec = grpc_spec(port)
+            spec["events"].append({**spec["events"][0], "name": "close"})
+            aggregator = Aggregator(spec, insecure=True)
+            for second in range(2):
+                for _ in range(5):
+                    aggregator.add(an_open())
+                aggregator.add(make_event("close", 1))
+                aggregator.tick(float(second))
+            aggregator.close()
+            assert aggregator.accounts["open-0"].delivered == 10
+            time.sleep(1.2)
+            code, output = agent.stop()
+        host = socket.gethostname()
+        lines = output.splitlines()
+        assert code == 0 and lines[-1] == "total 12 in 4 alerts from 1 host(s)"
+        assert re.fullmatch(rf"host {host} event close count 2 rate \d+/s total 2 alerts 2", lines[-3])
+        assert re.fullmatch(rf"host {host} event open count 10 rate \d+/s total 10 alerts 2", lines[-2])
+
+    def test_a_taken_port_is_one_clear_line(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            done = run("collect", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        assert done.returncode == 1
+        assert "cannot listen on 127.0.0.1" in done.stderr
+        assert [line for line in done.stderr.splitlines() if not line.startswith("traceleft: ")] == []
+
+    def test_a_malformed_address(self):
+        done = run("collect", "--listen", "nowhere")
+        assert done.returncode == 2
+        assert done.stderr.startswith("traceleft: --listen: expected HOST:PORT")
+
+
+def assert_one_line(done, code, message):
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("traceleft: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith(("traceleft: ", "  "))] == []
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("arguments, message", [
+        ((), "COMMAND"), (("trce",), "invalid choice"), (("trace",), "needs --spec FILE or a selector"),
+        (("trace", "opne"), "did you mean 'open'"), (("trace", "1:2:3:open"), "malformed selector"),
+        (("trace", "4194304:open"), "there is no process 4194304"), (("trace", "open", "--duration", "x"), "seconds above 0"),
+        (("trace", "open", "--duration", "-1"), "seconds above 0"), (("trace", "open", "--duration", "nan"), "seconds above 0"),
+        (("trace", "open", "--ring-size", "1000"), "power of two"), (("trace", "--spec"), "expected one argument"),
+        (("trace", "--spec", "/nonexistent"), "/nonexistent: cannot read the spec: No such file"),
+        (("trace", "--spec", "/"), "/: cannot read the spec: Is a directory"), (("check",), "required: SPEC"),
+        (("check", "/nonexistent"), "cannot read the spec"), (("explain", "/nonexistent"), "cannot read the spec"),
+        (("events", "opne"), "did you mean 'open'"), (("trace", "--nope", "open"), "unrecognized arguments: --nope"),
+    ])
+    def test_usage_errors_are_one_line(self, arguments, message):
+        assert_one_line(run(*arguments), 2, message)
+
+    def test_help_shows_examples_and_exit_codes(self):
+        shown = run("--help").stdout
+        assert "trace --spec spec/aggregator-spec.json" in shown
+        assert all(command in shown for command in ("trace", "collect", "check", "explain", "events"))
+        assert "4  the accounting did not add up" in run("trace", "--help").stdout
+
+    def test_version(self):
+        assert run("--version").stdout == f"traceleft.py {traceleft.VERSION}\n"
+
+    def test_the_alias_of_spec(self, tmp_path):
+        assert "cannot read the spec" in run("trace", "--aggregation-spec", tmp_path / "x").stderr
+
+    def test_check_says_ok_or_every_error(self, tmp_path):
+        good = write_spec(tmp_path / "good", a_spec())
+        bad = write_spec(tmp_path / "bad", a_spec(rule="uid = 1 and gid", parameters="x=1"))
+        done = run("check", bad, good)
+        assert done.returncode == 2
+        assert done.stdout == f"{good}: ok\n"
+        assert done.stderr.splitlines() == [
+            f"traceleft: {bad}: events[0].function.parameters: sigma has no parameter 'x'; known: frequency, threshold, by",
+            f"traceleft: {bad}: events[0].rule: write '==', not '='", "  uid = 1 and gid", "      ^"]
+
+    def test_explain_says_what_runs_where(self):
+        done = run("explain", HERE / "spec/aggregator-spec.json")
+        assert done.returncode == 0
+        assert re.search(r"open-0: event open.*\n  kernel: .*open, creat, openat, openat2.*\n  python: rule", done.stdout)
+
+    def test_events(self):
+        assert run("events").stdout.splitlines()[0] == "open(filename, flags, mode)"
+        assert len(run("events").stdout.splitlines()) == len(EVENT_TYPES)
+        detail = run("events", "open").stdout
+        assert "arg1  filename" in detail and "openat2" in detail
+
+    def test_a_closed_pipe_is_no_error(self):
+        done = subprocess.run(f"{sys.executable} {SCRIPT} events | true", shell=True, capture_output=True, text=True)
+        assert done.stderr == ""
+
+    def test_an_invalid_spec_touches_nothing(self, tmp_path):
+        spec = a_spec(rule="nope", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        done = run("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", tmp_path / "summary")
+        assert_one_line(done, 2, "no field 'nope'")
+        assert {path.name for path in tmp_path.iterdir()} == {"spec"}
+
+
+class TestBadHosts:
+    """Each in a mount namespace of its own, so that nothing is left behind."""
+
+    pytestmark = live
+
+    @staticmethod
+    def without(command):
+        return ["unshare", "-m", "sh", "-c", f'{command} && exec "$@"', "sh"]
+
+    def test_no_capability(self):
+        assert_one_line(run("trace", "open", prefix=["setpriv", "--bounding-set=-all", "--inh-caps=-all"]), 3,
+                        "missing privilege CAP_BPF and CAP_PERFMON: run it as root")
+
+    def test_not_root(self, tmp_path):
+        folder = Path("/var/tmp") / f"traceleft-test-{os.getpid()}"
+        folder.mkdir(mode=0o755)
+        try:
+            shutil.copy(SCRIPT, folder)
+            done = run("trace", "open", script=folder / "traceleft.py", python="/usr/bin/python3",
+                       prefix=["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
+        finally:
+            shutil.rmtree(folder)
+        assert_one_line(done, 3, "missing privilege")
+
+    def test_no_libbpf(self):
+        library = subprocess.run("ldconfig -p | awk '/libbpf.so.1 /{print $NF; exit}'", shell=True, capture_output=True,
+                                 text=True, check=True).stdout.strip()
+        assert_one_line(run("trace", "open", prefix=self.without(f"mount --bind /dev/null {library}")), 3,
+                        "cannot load libbpf.so.1")
+
+    def test_a_libbpf_that_is_too_old(self, tmp_path):
+        source = "unsigned libbpf_major_version(void) { return 0; } char *libbpf_version_string(void) { return \"v0.8\"; }"
+        library = tmp_path / "libbpf.so.1"
+        subprocess.run(["gcc", "-shared", "-o", library, "-x", "c", "-"], input=source, text=True, check=True)
+        assert_one_line(run("trace", "open", env={"LD_LIBRARY_PATH": str(tmp_path)}), 3, "too old")
+
+    def test_no_btf(self):
+        assert_one_line(run("trace", "open", prefix=self.without("mount -t tmpfs t /sys/kernel/btf")), 3, "has no BTF")
+
+    def test_tracefs_is_mounted_when_it_is_missing(self, tmp_path):
+        hide = "umount -l /sys/kernel/tracing 2>/dev/null; umount -l /sys/kernel/debug 2>/dev/null; true"
+        done = run("trace", "mkdir", "--duration", "0.3", prefix=self.without(hide))
+        assert done.returncode == 0, done.stderr
+
+    def test_a_tracepoint_that_the_kernel_lacks(self, monkeypatch):
+        fake = traceleft.parse_event_row("nosuch", 0, "fd:fd", "nosuchcall:0")
+        monkeypatch.setitem(traceleft.EVENT_TYPES, "nosuch", fake)
+        tracer = traceleft.Tracer({"nosuch": traceleft.Wanted(any_process=True)})
+        with pytest.raises(traceleft.HostError, match="no tracepoint syscalls/sys_exit_nosuchcall"):
+            tracer.load()
+
+    @pytest.mark.parametrize("data, message", [(None, "copy the folder bpf/"), (b"junk", "is not a usable BPF object"),
+                                               (b"", "is not a usable BPF object")])
+    def test_object_missing_or_corrupt(self, tmp_path, data, message):
+        shutil.copy(SCRIPT, tmp_path)
+        if data is not None:
+            (tmp_path / "bpf").mkdir()
+            (tmp_path / "bpf/traceleft.bpf.o").write_bytes(data)
+        assert_one_line(run("trace", "open", script=tmp_path / "traceleft.py"), 3, message)
+
+    def test_a_truncated_object(self, tmp_path):
+        shutil.copy(SCRIPT, tmp_path)
+        (tmp_path / "bpf").mkdir()
+        (tmp_path / "bpf/traceleft.bpf.o").write_bytes(traceleft.OBJECT_PATH.read_bytes()[:9000])
+        assert_one_line(run("trace", "open", script=tmp_path / "traceleft.py"), 3, "BPF object")
+
+    def test_no_grpcio(self, tmp_path):
+        (tmp_path / "grpc.py").write_text("raise ImportError('No module named grpc')")
+        spec = write_spec(tmp_path / "spec", grpc_spec(1))
+        environment = {"PYTHONPATH": str(tmp_path)}
+        assert_one_line(run("trace", "--spec", spec, env=environment), 3, "grpcio")
+        assert_one_line(run("collect", env=environment), 3, "python3-grpcio")
+        unused = json.loads(spec.read_text())
+        unused["channels"].append({"id": "f", "type": "file", "path": str(tmp_path / "log")})
+        unused["events"][0]["channel"] = "f"
+        assert run("trace", "--spec", write_spec(spec, unused), "--duration", "0.2", env=environment).returncode == 0
+
+    @pytest.mark.parametrize("path, message", [("missing/log", "No such file"), ("", "Is a directory")])
+    def test_channel_paths(self, tmp_path, path, message):
+        spec = a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/{path}"})
+        assert_one_line(run("trace", "--spec", write_spec(tmp_path / "spec", spec)), 1, message)
+
+    def test_a_summary_that_cannot_be_written(self, tmp_path):
+        assert_one_line(run("trace", "open", "--summary", tmp_path / "missing/s"), 1, "cannot write --summary")
+
+    def test_the_log_of_libbpf_is_shown_with_v(self):
+        assert "libbpf:" in run("trace", "mkdir", "--duration", "0.2", "-v").stderr
+
+
+class TestTerminal:
+    pytestmark = live
+
+    def on_terminal(self, *arguments, seconds):
+        """What the command writes to a terminal as its stdout and stderr."""
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, 0x5414, struct.pack("HHHH", 24, 100, 0, 0))  # TIOCSWINSZ
+        process = subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        output, end = b"", time.monotonic() + seconds
+        try:
+            while time.monotonic() < end + DEADLINE:
+                if select.select([master], [], [], 0.1)[0]:
+                    try:
+                        output += os.read(master, 65536)
+                    except OSError:
+                        break
+                if time.monotonic() > end and process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+                    end += DEADLINE
+                if process.poll() is not None and not select.select([master], [], [], 0)[0]:
+                    break
+        finally:
+            process.kill()
+            process.wait()
+            os.close(master)
+        return output.decode(), process.returncode
+
+    def test_status_line(self, tmp_path):
+        spec = a_spec(name="mkdir", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        shown, code = self.on_terminal("trace", "--spec", write_spec(tmp_path / "spec", spec), seconds=3)
+        assert code == 0
+        assert re.search(r"\r\x1b\[Kmatched \d+/s  passed \d+/s  alerts \d+/s  lost \d+/s", shown)
+
+    def test_collect_refreshes(self):
+        shown, code = self.on_terminal("collect", "--listen", "127.0.0.1:0", seconds=2.5)
+        assert code == 0 and shown.count("\x1b[H\x1b[J") >= 2
+
+
+class TestProject:
+    def test_the_readmes_examples_are_valid(self):
+        readme = (HERE / "README.md").read_text()
+        blocks = re.findall(r"```json\n(.*?)```", readme, re.S)
+        for block in blocks:
+            parse_spec(json.loads(block))
+        code = re.findall(r"```python\n(.*?)```", readme, re.S)
+        assert code
+        for block in code:
+            compile(block, "README.md", "exec")
+
+    def test_rules_in_the_readme_parse(self):
+        readme = (HERE / "README.md").read_text()
+        rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", readme, re.M)
+        assert len(rows) >= 6
+        for event, rule in rows:
+            parse_rule(rule, EVENT_TYPES[event])
+
+    def test_printing_to_a_stream_without_utf8(self):
+        done = run("events", env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0
+
+    def test_summary_is_a_json_object_even_on_stdout(self):
+        stream = io.StringIO()
+        json.dump(traceleft.summarize([traceleft.Account("a", "open")]), stream)
+        assert json.loads(stream.getvalue())["balanced"] is True

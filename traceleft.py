@@ -1,0 +1,2978 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Trace syscalls with eBPF and reduce them, as an aggregation spec says, to about one record per second and filter.
+
+examples:
+  traceleft.py trace --spec spec/aggregator-spec.json   trace, reduce and send as the spec says
+  traceleft.py trace open,close                         print every open and close of every process
+  traceleft.py trace 42:1234,1235:read                  print the reads of two processes, as program 42
+  traceleft.py check spec/*.json                        validate specs, without root
+  traceleft.py collect                                  receive what a grpc channel sends
+  traceleft.py events open                              arguments of an event type and the syscalls behind it
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import contextlib
+import ctypes
+import datetime
+import difflib
+import errno
+import fnmatch
+import hashlib
+import importlib
+import itertools
+import json
+import operator
+import os
+import platform
+import re
+import selectors
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
+                    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+
+VERSION = "0.1.0"
+
+# ======================================================================================================================
+# Errors: each class knows its exit code; only main() turns one into a line on stderr
+# ======================================================================================================================
+
+
+class TraceleftError(Exception):
+    """Something failed at run time. `str()` is one line that says what to do."""
+
+    exit_code = 1
+
+
+class UsageError(TraceleftError):
+    """The command line or the spec is wrong."""
+
+    exit_code = 2
+
+
+class SpecError(UsageError):
+    """An aggregation spec is invalid; `errors` has one text per error found, the whole spec having been read."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = list(errors)
+
+
+class RuleError(UsageError):
+    """A rule is invalid; `column` is a 0-based offset into `rule`, the text as it was parsed."""
+
+    def __init__(self, message: str, rule: str = "", column: int = 0) -> None:
+        super().__init__(message)
+        self.rule, self.column = rule, column
+
+    def with_caret(self, indent: str = "  ") -> str:
+        """The message, then the rule, then a caret under the place; control characters are shown as `?`."""
+        shown = "".join(c if c.isprintable() else "?" for c in self.rule)
+        return f"{self}\n{indent}{shown}\n{indent}{' ' * self.column}^"
+
+
+class HostError(TraceleftError):
+    """The host lacks a privilege, a library, a kernel feature or an optional package."""
+
+    exit_code = 3
+
+
+class BalanceError(TraceleftError):
+    """The accounting did not add up: events were lost before a filter could count them."""
+
+    exit_code = 4
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known name nearest to `name`, or nothing when none is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+# ======================================================================================================================
+# Event table: one row per event type; decoding, rule fields, protobuf messages and printed names come from it
+# ======================================================================================================================
+
+# enum argument_kind in bpf/traceleft.h
+(KIND_NONE, KIND_SIGNED, KIND_UNSIGNED, KIND_CONSTANT, KIND_MEMORY,
+ KIND_STRING, KIND_BUFFER_IN, KIND_BUFFER_OUT, KIND_FD) = range(9)
+MAX_ARGS = 6
+AT_FDCWD = -100  # include/uapi/linux/fcntl.h
+
+
+class ArgumentType(NamedTuple):
+    """How an argument of this type is fetched in the kernel, decoded here, and sent."""
+
+    kind: int
+    bits: int  # width of the C type in the syscall's prototype; the rest of its register is undefined
+    wire: str  # protobuf scalar type in the wire contract
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the value is a str (bytes decoded with surrogateescape) and not an int."""
+        return KIND_STRING <= self.kind <= KIND_BUFFER_OUT
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the value is a signed 64-bit integer, and not an unsigned one."""
+        return self.kind in (KIND_SIGNED, KIND_FD)
+
+
+ARGUMENT_TYPES: Dict[str, ArgumentType] = {
+    # name                   kind            bits  wire       C type in the kernel's prototypes
+    "int":      ArgumentType(KIND_SIGNED,     32, "int64"),   # int; in a struct, a u64
+    "mode":     ArgumentType(KIND_UNSIGNED,   16, "uint64"),  # umode_t
+    "id":       ArgumentType(KIND_UNSIGNED,   32, "uint32"),  # uid_t, gid_t
+    "size":     ArgumentType(KIND_UNSIGNED,   64, "int64"),   # size_t
+    "fd":       ArgumentType(KIND_FD,         32, "uint64"),  # unsigned int, an int to libc
+    "dfd":      ArgumentType(KIND_FD,         32, "int64"),   # int: a directory's descriptor or AT_FDCWD
+    "string":   ArgumentType(KIND_STRING,      0, "bytes"),   # const char *
+    "written":  ArgumentType(KIND_BUFFER_IN,   0, "bytes"),   # const void *, as long as the argument `count`
+    "filled":   ArgumentType(KIND_BUFFER_OUT,  0, "bytes"),   # void *, as long as the return value
+}
+
+
+class Argument(NamedTuple):
+    """One named argument of an event type."""
+
+    name: str
+    type_name: str
+
+    @property
+    def type(self) -> ArgumentType:
+        return ARGUMENT_TYPES[self.type_name]
+
+    @property
+    def label(self) -> str:
+        """The name as it is printed: CamelCase."""
+        return camel_case(self.name)
+
+
+class Syscall(NamedTuple):
+    """One syscall behind an event type: where each argument is found, and when it counts."""
+
+    name: str
+    sources: Tuple[str, ...]  # per argument `N` (register), `=N` (constant) or `*N+M` (u64 at register N, offset M)
+    presence: str             # key of PRESENCE
+
+
+PRESENCE = {
+    "": "always there",
+    "?": "only on architectures with the old syscalls, such as x86_64",
+    "!": "only where the architecture lacks the old ones, and only with AT_FDCWD",
+    "~": "only on newer kernels",
+}
+
+
+@dataclass(frozen=True)
+class EventType:
+    """One row of the event table."""
+
+    name: str
+    arguments: Tuple[Argument, ...]
+    syscalls: Tuple[Syscall, ...]
+    metric_field: int  # number of this event's message in the wire contract's Metric
+
+    @property
+    def message(self) -> str:
+        """Name of this event's protobuf message."""
+        return f"Protobuf{camel_case(self.name)}Event"
+
+
+def camel_case(name: str) -> str:
+    """`connect_v4` to `ConnectV4`."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def parse_event_row(name: str, metric_field: int, arguments: str, syscalls: str) -> EventType:
+    """An EventType from the columns of EVENT_ROWS."""
+    parsed = []
+    for word in syscalls.split():
+        match = re.fullmatch(r"(\w+)([?!~]?):(\S+)", word)
+        assert match, word
+        parsed.append(Syscall(match[1], tuple(match[3].split(",")), match[2]))
+    names = tuple(Argument(*word.split(":")) for word in arguments.split())
+    return EventType(name, names, tuple(parsed), metric_field)
+
+
+# Per syscall: NAME PRESENCE : for each argument of the event, where it is found (class Syscall says how to read it).
+EVENT_ROWS = (
+    # name     Metric  arguments                                               syscalls
+    ("open",     14, "filename:string flags:int mode:mode",
+     "open?:0,1,2 creat?:0,=577,1 openat:1,2,3 openat2:1,*2+0,*2+8"),          # 577: O_CREAT|O_WRONLY|O_TRUNC
+    ("close",     7, "fd:fd",                                                "close:0"),
+    ("read",     15, "fd:fd buf:filled count:size",                          "read:0,1,2"),
+    ("write",    16, "fd:fd buf:written count:size",                         "write:0,1,2"),
+    ("mkdir",    12, "pathname:string mode:mode",                            "mkdir?:0,1 mkdirat!:1,2"),
+    ("mkdirat",  13, "dfd:dfd pathname:string mode:mode",                    "mkdirat:0,1,2"),
+    ("chmod",     5, "filename:string mode:mode",                            "chmod?:0,1 fchmodat!:1,2"),
+    ("fchmod",    8, "fd:fd mode:mode",                                      "fchmod:0,1"),
+    ("fchmodat",  9, "dfd:dfd filename:string mode:mode",                    "fchmodat:0,1,2 fchmodat2~:0,1,2"),
+    ("chown",     6, "filename:string user:id group:id",                     "chown?:0,1,2 fchownat!:1,2,3"),
+    ("fchown",   10, "fd:fd user:id group:id",                               "fchown:0,1,2"),
+    ("fchownat", 11, "dfd:dfd filename:string user:id group:id flag:int",    "fchownat:0,1,2,3,4"),
+)
+EVENT_TYPES: Dict[str, EventType] = {row[0]: parse_event_row(*row) for row in EVENT_ROWS}
+EVENT_NAMES: Tuple[str, ...] = tuple(EVENT_TYPES)
+EVENT_IDS: Dict[str, int] = {name: index for index, name in enumerate(EVENT_NAMES)}
+
+assert len(EVENT_TYPES) == len(EVENT_ROWS), "event names are unique"
+assert all(len(s.sources) == len(e.arguments) <= MAX_ARGS for e in EVENT_TYPES.values() for s in e.syscalls)
+assert all(len({a.name for a in e.arguments}) == len(e.arguments) for e in EVENT_TYPES.values())
+
+# Fields that every event has: name -> whether it is text. pid is the process (the kernel's tgid), tid the thread.
+COMMON_FIELDS: Dict[str, bool] = {
+    "ret": False, "pid": False, "tid": False, "ppid": False, "uid": False, "gid": False, "comm": True,
+    "program_id": False,
+}
+
+
+def has_old_syscalls() -> bool:
+    """Whether this architecture has open, mkdir, chmod … beside the *at forms (include/uapi/asm-generic/unistd.h)."""
+    return platform.machine() in ("x86_64", "i386", "i686")
+
+
+def syscalls_here(event_type: EventType) -> List[Syscall]:
+    """The syscalls that make up the event type on this architecture."""
+    absent = "!" if has_old_syscalls() else "?"
+    return [syscall for syscall in event_type.syscalls if syscall.presence != absent]
+
+
+# ======================================================================================================================
+# Events: the records of the ring buffer decoded, hashed and shown
+# ======================================================================================================================
+
+# struct event_header in bpf/traceleft.h; a test compares it with the object's BTF
+HEADER_FIELDS = (
+    ("timestamp_ns", "Q"), ("ret", "q"), ("program_id", "Q"), ("args", "6Q"), ("file_inode", "Q"), ("file_device", "I"),
+    ("pid", "I"), ("tid", "I"), ("ppid", "I"), ("uid", "I"), ("gid", "I"), ("event", "H"), ("flags", "H"),
+    ("version", "I"), ("comm", "16s"),
+)
+HEADER = struct.Struct("=" + "".join(code for _, code in HEADER_FIELDS))
+RECORD_VERSION = 1
+INCOMPLETE_MASK = (1 << MAX_ARGS) - 1  # enum event_flags: bit N is argument N
+FLAG_CONTAINER = 1 << 8
+FLAG_HAS_FILE = 1 << 9
+
+Value = Union[int, str]
+
+
+class Event(NamedTuple):
+    """One occurrence in the kernel. Text is decoded as UTF-8 with surrogateescape, so that any byte can be in it."""
+
+    name: str
+    args: Tuple[Value, ...]            # in the order of the event table
+    ret: int
+    timestamp_ns: int                  # nanoseconds since the Unix epoch
+    pid: int                           # the process (tgid)
+    tid: int
+    ppid: int
+    uid: int
+    gid: int
+    comm: str
+    program_id: int
+    incomplete: int = 0                # bit N: argument N could not be read whole
+    in_container: bool = False         # in a pid namespace other than the initial one
+    file: Optional[Tuple[int, int]] = None  # (inode, st_dev) behind the descriptor argument, at the time of the event
+    path: Optional[str] = None         # of that file, where it is known
+
+    @property
+    def type(self) -> EventType:
+        return EVENT_TYPES[self.name]
+
+    @property
+    def named_args(self) -> Dict[str, Value]:
+        """Arguments by the names of the event table."""
+        return {argument.name: value for argument, value in zip(self.type.arguments, self.args)}
+
+    @property
+    def flags(self) -> int:
+        """As in the wire contract: 1 something is incomplete, 2 the process is in a container."""
+        return (1 if self.incomplete else 0) | (2 if self.in_container else 0)
+
+    @property
+    def hash(self) -> int:
+        """64 bits over event type, program id, pid, ret and the arguments other than buffers, equal on every host."""
+        packed = [self.name.encode(), struct.pack("<QQq", self.program_id, self.pid, self.ret)]
+        for argument, value in zip(self.type.arguments, self.args):
+            if isinstance(value, int):
+                packed.append(struct.pack("<Q", value & 0xFFFF_FFFF_FFFF_FFFF))
+            elif argument.type.kind == KIND_STRING:
+                packed.append(encode_text(value) + b"\0")
+        return int.from_bytes(hashlib.blake2b(b"\0".join(packed), digest_size=8).digest(), "little")
+
+
+def decode_text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def encode_text(text: str) -> bytes:
+    """The bytes of `text`; the inverse of decode_text(). Raises UnicodeEncodeError for surrogates that are no byte."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def make_event(name: str, *args: Value, **fields: Any) -> Event:
+    """A synthetic event: `make_event("open", "/tmp/a.txt", 577, 438, ret=3, pid=4242)`.
+
+    Arguments are given in order or by name; what is not given is 0 or "". Raises KeyError for an unknown event type
+    and TypeError for an unknown argument.
+    """
+    arguments = EVENT_TYPES[name].arguments
+    if len(args) > len(arguments):
+        raise TypeError(f"{name} has {len(arguments)} arguments, not {len(args)}")
+    values: List[Value] = list(args)
+    for argument in arguments[len(args):]:
+        values.append(fields.pop(argument.name, "" if argument.type.is_text else 0))
+    common: Dict[str, Any] = {"ret": 0, "timestamp_ns": 0, "pid": 1, "tid": fields.get("pid", 1), "ppid": 0, "uid": 0,
+                              "gid": 0, "comm": "", "program_id": 0}
+    return Event(name=name, args=tuple(values), **{**common, **fields})
+
+
+def decode_record(record: bytes, clock_offset_ns: int = 0) -> Event:
+    """An Event from one record of the ring buffer; `clock_offset_ns` is what turns CLOCK_BOOTTIME into Unix time.
+
+    Raises TraceleftError when the record is of another version than this script.
+    """
+    (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, inode, device,
+     pid, tid, ppid, uid, gid, event_id, flags, version, comm) = HEADER.unpack_from(record)
+    if version != RECORD_VERSION:
+        raise TraceleftError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
+    name = EVENT_NAMES[event_id]
+    position = HEADER.size
+    args: List[Value] = []
+    for raw, argument in zip((a0, a1, a2, a3, a4, a5), EVENT_TYPES[name].arguments):
+        kind = ARGUMENT_TYPES[argument.type_name]
+        if kind.is_text:
+            args.append(record[position:position + raw].decode("utf-8", "surrogateescape"))
+            position += raw
+        else:
+            args.append(raw - (1 << 64) if raw >> 63 and kind.is_signed else raw)
+    file = (inode, os.makedev(device >> 20, device & 0xFFFFF)) if flags & FLAG_HAS_FILE else None
+    return Event(name, tuple(args), ret, timestamp_ns + clock_offset_ns, pid, tid, ppid, uid, gid,
+                 comm.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), program_id,
+                 flags & INCOMPLETE_MASK, bool(flags & FLAG_CONTAINER), file)
+
+
+def resolve_path(event: Event) -> Event:
+    """The event with the path behind its descriptor, where /proc still shows the very file that the kernel used."""
+    if event.file is None or event.path is not None:
+        return event
+    descriptor = next(v for a, v in zip(event.type.arguments, event.args) if a.type.kind == KIND_FD)
+    link = f"/proc/{event.pid}/cwd" if descriptor == AT_FDCWD else f"/proc/{event.pid}/fd/{descriptor}"
+    try:
+        path, status = os.readlink(link), os.stat(link)
+    except OSError:
+        return event  # the process or the descriptor is gone
+    if (status.st_ino, status.st_dev) != event.file:
+        return event  # the descriptor is another file's by now
+    return event._replace(path=path)
+
+
+ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def escape_character(c: str) -> str:
+    """Bytes that are no text and ASCII controls as \\xNN, other unprintable characters as \\uNNNN."""
+    code = ord(c)
+    if c in ESCAPES:
+        return ESCAPES[c]
+    if c.isprintable():
+        return c
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def escape(text: str, also: str = "") -> str:
+    """`text` on one line, with nothing in it that a terminal acts on; the characters of `also` become \\xNN."""
+    if text.isprintable() and not any(c in text for c in '"\\' + also):
+        return text
+    return "".join(f"\\x{ord(c):02x}" if c in also else escape_character(c) for c in text)
+
+
+def format_args(event: Event) -> str:
+    """`Filename "/tmp/a.txt" Flags 577 Mode 438`."""
+    words = []
+    for index, (argument, value) in enumerate(zip(event.type.arguments, event.args)):
+        if isinstance(value, str):
+            shown = f'"{escape(value)}"'
+        elif argument.type.kind == KIND_FD:
+            shown = f"{value}<{escape(event.path, '<>') if event.path is not None else 'unknown'}>"
+        else:
+            shown = str(value)
+        words.append(f"{argument.label} {shown}" + (" [incomplete]" if event.incomplete >> index & 1 else ""))
+    return " ".join(words)
+
+
+def format_event(event: Event) -> str:
+    """The line that `trace` without a spec prints."""
+    return (f"name {event.name} pid {event.pid} program id {event.program_id} return value {event.ret} "
+            f"hash {event.hash} {format_args(event)}" + (" [container]" if event.in_container else ""))
+
+
+# ======================================================================================================================
+# Rules: the typed tree of a rule. It is the one model that this engine and the kernel's tables follow
+# ======================================================================================================================
+
+Matcher = Callable[[Event], bool]
+Getter = Callable[[Event], Any]
+
+
+@dataclass(frozen=True)
+class Const:
+    """An integer literal, symbol, or expression of these."""
+
+    value: int
+
+    def getter(self) -> Getter:
+        value = self.value
+        return lambda event: value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of an event: argument `index`, or for index -1 the common field `name`."""
+
+    name: str
+    index: int
+    is_text: bool
+
+    def getter(self) -> Getter:
+        if self.index < 0:
+            return operator.attrgetter(self.name)
+        index = self.index
+        return lambda event: event.args[index]
+
+
+@dataclass(frozen=True)
+class BitOp:
+    """`&`, `|` or `^` of integers, on two's complement of unlimited width, as in Python."""
+
+    op: str
+    left: IntExpr
+    right: IntExpr
+
+    def getter(self) -> Getter:
+        compute, left, right = BIT_OPERATORS[self.op], self.left.getter(), self.right.getter()
+        return lambda event: compute(left(event), right(event))
+
+
+@dataclass(frozen=True)
+class Invert:
+    """`~` of an integer."""
+
+    operand: IntExpr
+
+    def getter(self) -> Getter:
+        operand = self.operand.getter()
+        return lambda event: ~operand(event)
+
+
+IntExpr = Union[Const, Field, BitOp, Invert]
+BIT_OPERATORS: Dict[str, Callable[[int, int], int]] = {"&": operator.and_, "|": operator.or_, "^": operator.xor}
+COMPARISONS: Dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}
+
+
+@dataclass(frozen=True)
+class Compare:
+    """A comparison of two integers, or `==` of two text fields."""
+
+    op: str
+    left: IntExpr
+    right: IntExpr
+
+    def matcher(self) -> Matcher:
+        compare, left, right = COMPARISONS[self.op], self.left.getter(), self.right.getter()
+        if isinstance(self.right, Const):
+            value = self.right.value
+            return lambda event: compare(left(event), value)
+        return lambda event: compare(left(event), right(event))
+
+
+@dataclass(frozen=True)
+class IsIn:
+    """Membership of an integer in integers, or of a text field in texts; `==` with one text is this too."""
+
+    operand: IntExpr
+    values: FrozenSet[Value]
+
+    def matcher(self) -> Matcher:
+        get, values = self.operand.getter(), self.values
+        if len(values) == 1:
+            (only,) = values
+            return lambda event: get(event) == only
+        return lambda event: get(event) in values
+
+
+@dataclass(frozen=True)
+class TextTest:
+    """startswith, endswith, contains, glob or regex of a text field with a literal."""
+
+    function: str
+    field: Field
+    literal: str
+
+    def matcher(self) -> Matcher:
+        get, test = self.field.getter(), TEXT_TESTS[self.function](self.literal)
+        return lambda event: test(get(event))
+
+
+@dataclass(frozen=True)
+class Not:
+    operand: Condition
+
+    def matcher(self) -> Matcher:
+        operand = self.operand.matcher()
+        return lambda event: not operand(event)
+
+
+@dataclass(frozen=True)
+class And:
+    operands: Tuple[Condition, ...]
+
+    def matcher(self) -> Matcher:
+        operands = [operand.matcher() for operand in self.operands]
+        return lambda event: all(operand(event) for operand in operands)
+
+
+@dataclass(frozen=True)
+class Or:
+    operands: Tuple[Condition, ...]
+
+    def matcher(self) -> Matcher:
+        operands = [operand.matcher() for operand in self.operands]
+        return lambda event: any(operand(event) for operand in operands)
+
+
+Condition = Union[Compare, IsIn, TextTest, Not, And, Or]
+
+
+# ======================================================================================================================
+# Rule language: text to that tree
+# ======================================================================================================================
+
+MAX_RULE_LENGTH = 65536
+MAX_RULE_DEPTH = 64
+
+
+def parse_rule(rule: str, event_type: EventType) -> Optional[Condition]:
+    """The typed tree of `rule` for events of this type, None for a blank rule (every event). Raises RuleError."""
+    source = rule.encode("utf-8", "backslashreplace").decode().strip()  # ast refuses lone surrogates, but not \udcNN
+    if not source:
+        return None
+    if len(source) > MAX_RULE_LENGTH:
+        raise RuleError(f"a rule of {len(source)} characters is too long (at most {MAX_RULE_LENGTH})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\d' in a pattern is no news
+            tree = ast.parse(source, mode="eval")
+    except SyntaxError as error:
+        raise syntax_error(source, error) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = "a NUL character" if "null" in str(error) else "nesting that is too deep"
+        raise RuleError(f"the rule has {reason}", source) from None
+    return RuleParser(source, event_type).parse(tree.body)
+
+
+OPERATOR_HINTS = (
+    # pattern, what to write instead
+    (r"&&", "write 'and', not '&&'"),
+    (r"\|\|", "write 'or', not '||'"),
+    (r"!(?!=)", "write 'not', not '!'"),
+    (r"(?<![=!<>])=(?!=)", "write '==', not '='"),
+)
+STRING_LITERAL = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+
+
+def syntax_error(source: str, error: SyntaxError) -> RuleError:
+    """A RuleError with a hint where the rule has an operator of another language outside of a string."""
+    blanked = re.sub(STRING_LITERAL, lambda match: "_" * len(match[0]), source)
+    for pattern, hint in OPERATOR_HINTS:
+        match = re.search(pattern, blanked)
+        if match:
+            return RuleError(hint, source, match.start())
+    lines = source.split("\n")
+    column = len(source)  # where some Pythons give no place, the rule ends too early
+    if error.lineno and error.offset and "EOF" not in error.msg:
+        column = min(column, sum(len(line) + 1 for line in lines[:error.lineno - 1]) + error.offset - 1)
+    return RuleError(f"syntax error: {error.msg}", source, column)
+
+
+def symbols() -> Dict[str, int]:
+    """Names such as O_CREAT, ENOENT and AF_INET with their values on this machine, from the standard library."""
+    found = {"AT_FDCWD": AT_FDCWD, "AT_SYMLINK_NOFOLLOW": 0x100, "AT_REMOVEDIR": 0x200, "AT_SYMLINK_FOLLOW": 0x400,
+             "AT_NO_AUTOMOUNT": 0x800, "AT_EMPTY_PATH": 0x1000}  # include/uapi/linux/fcntl.h
+    for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_"), (socket, "SOCK_"), (signal, "SIG[^_]")):
+        for name in dir(module):
+            if re.match(pattern, name) and isinstance(getattr(module, name), int):
+                found[name] = int(getattr(module, name))
+    found.update((name, number) for number, name in errno.errorcode.items())
+    return found
+
+
+SYMBOLS = symbols()
+
+
+def event_fields(event_type: EventType) -> Dict[str, Field]:
+    """Every field that a rule on this event type can name."""
+    fields = {name: Field(name, -1, is_text) for name, is_text in COMMON_FIELDS.items()}
+    for index, argument in enumerate(event_type.arguments):
+        fields[argument.name] = fields[f"arg{index + 1}"] = Field(argument.name, index, argument.type.is_text)
+    return fields
+
+
+AST_OPERATORS: Dict[type, str] = {
+    ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
+    ast.NotIn: "not in", ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^",
+}
+Node = Union[Const, Field, BitOp, Invert, str, Condition]  # str: a text literal
+CONDITIONS = (Compare, IsIn, TextTest, Not, And, Or)
+
+
+class RuleParser:
+    """From Python's syntax tree to ours: checks names and types, folds constants, places each error."""
+
+    def __init__(self, source: str, event_type: EventType) -> None:
+        self.source, self.event_type = source, event_type
+        self.fields = event_fields(event_type)
+        self.depth = 0
+
+    def parse(self, node: ast.expr) -> Condition:
+        return self.condition(node)
+
+    def error(self, node: ast.AST, message: str) -> RuleError:
+        line, offset = getattr(node, "lineno", 1), getattr(node, "col_offset", 0)  # the offset is in UTF-8 bytes
+        lines = self.source.split("\n")
+        column = sum(len(text) + 1 for text in lines[:line - 1]) + len(lines[line - 1].encode()[:offset].decode())
+        return RuleError(message, self.source, column)
+
+    def visit(self, node: ast.expr) -> Node:
+        """Dispatches by node type, see VISITORS."""
+        visitor = VISITORS.get(type(node))
+        if visitor is None:
+            raise self.error(node, f"{type(node).__name__} is not part of the rule language")
+        if self.depth >= MAX_RULE_DEPTH:
+            raise self.error(node, f"the rule is nested too deeply (at most {MAX_RULE_DEPTH} levels)")
+        self.depth += 1
+        try:
+            return visitor(self, node)
+        finally:
+            self.depth -= 1
+
+    def condition(self, node: ast.expr) -> Condition:
+        """The node as something true or false: an integer is true when it is not 0."""
+        value = self.visit(node)
+        if isinstance(value, CONDITIONS):
+            return value
+        if isinstance(value, (str, Const)):
+            raise self.error(node, "a constant here is always true or always false: compare a field with it")
+        if isinstance(value, Field) and value.is_text:
+            raise self.error(node, f"'{value.name}' is text and not a condition: compare it, as in {value.name} == '…'")
+        return Compare("!=", value, Const(0))
+
+    def integer(self, node: ast.expr, what: str) -> IntExpr:
+        value = self.visit(node)
+        if isinstance(value, (Const, BitOp, Invert)) or isinstance(value, Field) and not value.is_text:
+            return value
+        raise self.error(node, f"{what} needs an integer, not {describe_node(value)}")
+
+    def constant(self, node: ast.Constant) -> Node:
+        value = node.value
+        if isinstance(value, str):
+            return self.text(node, value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(node, f"{value!r:.40} is neither an integer nor text")
+        return self.int_const(node, value)
+
+    def int_const(self, node: ast.AST, value: int) -> Const:
+        if not -(1 << 63) <= value < 1 << 64:
+            raise self.error(node, "the integer does not fit into 64 bits")
+        return Const(value)
+
+    def text(self, node: ast.AST, value: str) -> str:
+        """The literal as an event would carry it, so that '\\udcc3\\udca9' and 'é' are the same name."""
+        if "\0" in value:
+            raise self.error(node, "a string with a NUL can never match: the kernel's strings end at it")
+        try:
+            return decode_text(encode_text(value))
+        except UnicodeEncodeError:
+            raise self.error(node, "a surrogate that stands for no byte can never match; "
+                                   "bytes that are no UTF-8 are written '\\udc80' to '\\udcff'") from None
+
+    def name(self, node: ast.Name) -> Node:
+        if node.id in self.fields:
+            return self.fields[node.id]
+        if node.id in SYMBOLS:
+            return Const(SYMBOLS[node.id])
+        event = self.event_type
+        if re.fullmatch(r"arg[1-9]", node.id):
+            count = len(event.arguments)
+            raise self.error(node, f"{event.name} has only {count} argument{'s' if count > 1 else ''}")
+        if node.id in RULE_FUNCTIONS:
+            raise self.error(node, f"{node.id} is a function: write {node.id}(field, '…')")
+        near = suggest(node.id, [*self.fields, *SYMBOLS])
+        raise self.error(node, f"{event.name} has no field '{escape(node.id)}'{near}; "
+                               f"fields: {', '.join(argument.name for argument in event.arguments)}, "
+                               f"{', '.join(COMMON_FIELDS)}")
+
+    def bit_operation(self, node: ast.BinOp) -> Node:
+        op = AST_OPERATORS.get(type(node.op))
+        if op is None:
+            raise self.error(node, f"arithmetic ({type(node.op).__name__}) is not part of the rule language; "
+                                   "& | ^ ~ are")
+        left, right = self.integer(node.left, f"'{op}'"), self.integer(node.right, f"'{op}'")
+        if isinstance(left, Const) and isinstance(right, Const):
+            return self.int_const(node, BIT_OPERATORS[op](left.value, right.value))
+        return BitOp(op, left, right)
+
+    def unary(self, node: ast.UnaryOp) -> Node:
+        if isinstance(node.op, ast.Not):
+            return Not(self.condition(node.operand))
+        if isinstance(node.op, ast.Invert):
+            operand = self.integer(node.operand, "'~'")
+            return self.int_const(node, ~operand.value) if isinstance(operand, Const) else Invert(operand)
+        operand = self.integer(node.operand, "a sign")
+        if not isinstance(operand, Const):
+            raise self.error(node, "a sign can only stand before a literal or a symbol")
+        return self.int_const(node, -operand.value if isinstance(node.op, ast.USub) else operand.value)
+
+    def boolean(self, node: ast.BoolOp) -> Condition:
+        operands = tuple(self.condition(value) for value in node.values)
+        return And(operands) if isinstance(node.op, ast.And) else Or(operands)
+
+    def comparison(self, node: ast.Compare) -> Condition:
+        """`a < b < c` is `a < b and b < c`."""
+        operands = [node.left, *node.comparators]
+        parts = tuple(self.compare_two(left, AST_OPERATORS.get(type(op), type(op).__name__.lower()), right)
+                      for left, op, right in zip(operands, node.ops, operands[1:]))
+        return parts[0] if len(parts) == 1 else And(parts)
+
+    def compare_two(self, left: ast.expr, op: str, right: ast.expr) -> Condition:
+        if op in ("in", "not in"):
+            found = self.membership(left, right)
+            return found if op == "in" else Not(found)
+        if op not in COMPARISONS:
+            raise self.error(right, "'is' is not part of the rule language: write '=='")
+        a, b = self.operand(left, op), self.operand(right, op)
+        if isinstance(a, (str, Const)) and isinstance(b, (str, Const)):
+            raise self.error(left, "a comparison of two constants is always true or always false")
+        if is_text(a) != is_text(b):
+            raise self.error(right, f"{describe_node(a)} cannot be compared with {describe_node(b)}")
+        if not is_text(a):
+            return Compare(op, a, b)  # type: ignore[arg-type]
+        if op not in ("==", "!="):
+            raise self.error(left, f"'{op}' needs integers; text has ==, !=, in, startswith, endswith, contains, "
+                                   "glob and regex")
+        if isinstance(a, str):
+            a, b = b, a
+        assert isinstance(a, Field)
+        equal: Condition = IsIn(a, frozenset((b,))) if isinstance(b, str) else Compare("==", a, b)  # type: ignore
+        return equal if op == "==" else Not(equal)
+
+    def operand(self, node: ast.expr, op: str) -> Node:
+        value = self.visit(node)
+        if isinstance(value, CONDITIONS):
+            raise self.error(node, f"'{op}' cannot compare a condition: use and, or, not")
+        return value
+
+    def membership(self, left: ast.expr, right: ast.expr) -> Condition:
+        """`field in (literals)`, or `'x' in field`."""
+        if not isinstance(right, (ast.Tuple, ast.List, ast.Set)):
+            return self.substring(left, right)
+        operand = self.operand(left, "in")
+        if isinstance(operand, (str, Const)):
+            raise self.error(left, "'in' with a list needs a field before it, not a constant")
+        if not right.elts:
+            raise self.error(right, "nothing is in an empty list")
+        values: Set[Value] = set()
+        for element in right.elts:
+            literal = self.visit(element)
+            if not isinstance(literal, (str, Const)):
+                raise self.error(element, "a list can only hold literals and symbols")
+            if is_text(literal) != is_text(operand):
+                raise self.error(element, f"{describe_node(operand)} cannot be compared with {describe_node(literal)}")
+            values.add(literal if isinstance(literal, str) else literal.value)
+        return IsIn(operand, frozenset(values))  # type: ignore[arg-type]
+
+    def substring(self, left: ast.expr, right: ast.expr) -> Condition:
+        needle, haystack = self.operand(left, "in"), self.operand(right, "in")
+        if isinstance(needle, str) and isinstance(haystack, Field) and haystack.is_text:
+            return TextTest("contains", haystack, self.not_empty(left, needle))
+        if isinstance(haystack, (str, Const)):
+            raise self.error(right, "'in' needs a list, as in (1, 2), or a text field after it; "
+                                    "a list of one is written (1,)")
+        raise self.error(left, "'in' with a field after it looks for text: write 'x' in field")
+
+    def not_empty(self, node: ast.AST, literal: str) -> str:
+        if not literal:
+            raise self.error(node, "every text contains the empty one: the test is always true")
+        return literal
+
+    def call(self, node: ast.Call) -> Condition:
+        if not isinstance(node.func, ast.Name) or node.func.id not in RULE_FUNCTIONS:
+            name = node.func.id if isinstance(node.func, ast.Name) else "this"
+            raise self.error(node, f"'{escape(name)}' is not a function{suggest(name, RULE_FUNCTIONS)}; "
+                                   f"functions: {', '.join(RULE_FUNCTIONS)}")
+        name = node.func.id
+        if len(node.args) != 2 or node.keywords:
+            raise self.error(node, f"{name} takes a field and a text: {name}(field, '…')")
+        subject, literal = self.visit(node.args[0]), self.visit(node.args[1])
+        if not isinstance(subject, Field) or not subject.is_text:
+            raise self.error(node.args[0], f"{name} needs a text field, not {describe_node(subject)}")
+        if not isinstance(literal, str):
+            raise self.error(node.args[1], f"{name} needs a text in quotes, not {describe_node(literal)}")
+        if name in ("startswith", "endswith", "contains"):
+            self.not_empty(node.args[1], literal)
+        try:
+            TEXT_TESTS[name](literal)
+        except ValueError as error:
+            raise self.error(node.args[1], str(error)) from None
+        return TextTest(name, subject, literal)
+
+
+def is_text(value: Node) -> bool:
+    return isinstance(value, str) or isinstance(value, Field) and value.is_text
+
+
+def describe_node(value: Node) -> str:
+    if isinstance(value, CONDITIONS):
+        return "a condition"
+    if isinstance(value, Field):
+        return f"{'text' if value.is_text else 'integer'} field '{value.name}'"
+    return "a text" if isinstance(value, str) else "an integer"
+
+
+VISITORS: Dict[type, Callable[[RuleParser, Any], Node]] = {
+    ast.Constant: RuleParser.constant, ast.Name: RuleParser.name, ast.BinOp: RuleParser.bit_operation,
+    ast.UnaryOp: RuleParser.unary, ast.BoolOp: RuleParser.boolean, ast.Compare: RuleParser.comparison,
+    ast.Call: RuleParser.call,
+}
+
+
+# ======================================================================================================================
+# Text tests: regex takes Python's syntax but runs in time linear in the text, whatever the pattern
+# ======================================================================================================================
+
+MAX_REGEX_STATES = 512
+MAX_REGEX_CACHE = 4096
+ASSERT_BEGIN, ASSERT_END, ASSERT_LINE_END = 1, 2, 4  # at position 0; at the end; there or before a final newline
+REGEX_ASSERTIONS = {"AT_BEGINNING": ASSERT_BEGIN, "AT_BEGINNING_STRING": ASSERT_BEGIN,
+                    "AT_END": ASSERT_LINE_END, "AT_END_STRING": ASSERT_END}
+REGEX_CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
+                    "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}
+CharTest = Callable[[str], bool]
+
+
+def parse_regex(pattern: str) -> Any:
+    """The standard library's own parse tree of a pattern, so that syntax and meaning are those of `re`."""
+    try:
+        parser = importlib.import_module("re._parser")
+    except ImportError:  # before Python 3.11
+        parser = importlib.import_module("sre_parse")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return parser.parse(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"bad pattern: {error}") from None
+
+
+class Regex:
+    """`re.search` as a boolean, by simulating all alternatives at once (K. Thompson, 1968), with the steps cached.
+
+    Backtracking, as `re` does it, takes exponential time on patterns such as (a+)+$ and hostile text. Raises
+    ValueError for what is no regular expression in the strict sense (backreferences, lookaround) and for \\b, flags,
+    and patterns of more than MAX_REGEX_STATES characters once {m,n} is written out.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        tree = parse_regex(pattern)
+        if tree.state.flags & ~re.UNICODE:
+            raise ValueError("flags such as (?i) are not supported in a rule's regex")
+        self.free: List[List[int]] = [[]]                    # state -> states reached without reading
+        self.guarded: List[List[Tuple[int, int]]] = [[]]     # state -> (assertion, state)
+        self.reading: List[List[Tuple[CharTest, int]]] = [[]]  # state -> (test of a character, state)
+        self.cache: Dict[Tuple[FrozenSet[int], str, int], FrozenSet[int]] = {}
+        self.final = self.build(tree, 0)
+
+    def state(self) -> int:
+        if len(self.free) >= MAX_REGEX_STATES:
+            raise ValueError(f"the pattern is too large (more than {MAX_REGEX_STATES} states)")
+        self.free.append([])
+        self.guarded.append([])
+        self.reading.append([])
+        return len(self.free) - 1
+
+    def build(self, tree: Any, start: int) -> int:
+        """Adds the tree's parts one behind the other, from state `start`; returns the state after the last one."""
+        for op, value in tree:
+            name = str(op)
+            if name in ("MAX_REPEAT", "MIN_REPEAT"):
+                start = self.repeat(value[0], value[1], value[2], start)
+            elif name == "BRANCH":
+                end = self.state()
+                for alternative in value[1]:
+                    self.free[self.build(alternative, start)].append(end)
+                start = end
+            elif name == "SUBPATTERN" and not value[1] and not value[2]:
+                start = self.build(value[3], start)
+            elif name == "AT" and str(value) in REGEX_ASSERTIONS:
+                end = self.state()
+                self.guarded[start].append((REGEX_ASSERTIONS[str(value)], end))
+                start = end
+            else:
+                end = self.state()
+                self.reading[start].append((char_test(name, value), end))
+                start = end
+        return start
+
+    def repeat(self, least: int, most: int, tree: Any, start: int) -> int:
+        """Adds the tree `least` to `most` times; `most` is a constant of re's parser when there is no limit."""
+        unlimited = str(most) == "MAXREPEAT"
+        for _ in range(least):
+            start = self.build(tree, start)
+        if unlimited:
+            begin, end = self.state(), self.state()
+            self.free[start].append(begin)
+            self.free[self.build(tree, begin)].append(begin)
+            self.free[begin].append(end)
+            return end
+        end = self.state()
+        for _ in range(most - least):
+            self.free[start].append(end)
+            begin = self.state()  # of its own, so that a loop inside cannot lead back before it
+            self.free[start].append(begin)
+            start = self.build(tree, begin)
+        self.free[start].append(end)
+        return end
+
+    def closure(self, states: Iterable[int], position: int) -> FrozenSet[int]:
+        """The states and all that can be reached from them without reading, at a position with these assertions."""
+        pending, seen = list(states), set(states)
+        while pending:
+            at = pending.pop()
+            for target in itertools.chain(self.free[at], (s for need, s in self.guarded[at] if need & position)):
+                if target not in seen:
+                    seen.add(target)
+                    pending.append(target)
+        return frozenset(seen)
+
+    def step(self, states: FrozenSet[int], c: str, position: int) -> FrozenSet[int]:
+        key = (states, c, position)
+        after = self.cache.get(key)
+        if after is None:
+            if len(self.cache) >= MAX_REGEX_CACHE:
+                self.cache.clear()
+            reached = {target for at in states for test, target in self.reading[at] if test(c)}
+            after = self.cache[key] = self.closure(reached | {0}, position)  # 0: a match can begin anywhere
+        return after
+
+    def search(self, text: str) -> bool:
+        last = len(text)
+        newline = last - 1 if text.endswith("\n") else last
+        states = self.closure((0,), ASSERT_BEGIN | self.end_assertions(0, last, newline))
+        for position, c in enumerate(text, 1):
+            if self.final in states:
+                return True
+            states = self.step(states, c, self.end_assertions(position, last, newline) if position >= newline else 0)
+        return self.final in states
+
+    @staticmethod
+    def end_assertions(position: int, last: int, newline: int) -> int:
+        return (ASSERT_END if position == last else 0) | (ASSERT_LINE_END if position in (last, newline) else 0)
+
+
+def char_test(name: str, value: Any) -> CharTest:
+    """The test of one character that a leaf of the parse tree means."""
+    if name == "LITERAL":
+        literal = chr(value)
+        return lambda c: c == literal
+    if name == "NOT_LITERAL":
+        literal = chr(value)
+        return lambda c: c != literal
+    if name == "ANY":
+        return lambda c: c != "\n"
+    if name == "RANGE":
+        low, high = chr(value[0]), chr(value[1])
+        return lambda c: low <= c <= high
+    if name == "CATEGORY" and str(value) in REGEX_CATEGORIES:
+        category = re.compile(REGEX_CATEGORIES[str(value)])
+        return lambda c: category.match(c) is not None
+    if name == "IN":
+        negated = str(value[0][0]) == "NEGATE"
+        tests = [char_test(str(op), item) for op, item in value[negated:]]
+        return lambda c: any(test(c) for test in tests) != negated
+    raise ValueError(f"{name.lower().replace('_', ' ')} is not supported in a rule's regex: "
+                     "only what can be matched in linear time is")
+
+
+def compile_glob(pattern: str) -> Callable[[str], bool]:
+    """The test of a shell pattern on the whole text; `*` matches `/` too. fnmatch's translation does not backtrack."""
+    try:
+        match = re.compile(fnmatch.translate(pattern)).match
+    except re.error as error:  # such as [b-a] on older Pythons
+        raise ValueError(f"bad pattern: {error}") from None
+    return lambda text: match(text) is not None
+
+
+TEXT_TESTS: Dict[str, Callable[[str], Callable[[str], bool]]] = {
+    # each takes the literal and returns the test; ValueError for a literal that is none
+    "startswith": lambda literal: lambda text: text.startswith(literal),
+    "endswith": lambda literal: lambda text: text.endswith(literal),
+    "contains": lambda literal: lambda text: literal in text,
+    "glob": lambda literal: compile_glob(literal),
+    "regex": lambda literal: Regex(literal).search,
+}
+RULE_FUNCTIONS = tuple(TEXT_TESTS)
+
+
+# ======================================================================================================================
+# Processing functions: which of the matched events pass. Another one is one class here
+# ======================================================================================================================
+
+MAX_GROUPS = 16384  # distinct `by` values of one filter; what comes later is counted together, as the group `other`
+MAX_COUNT = (1 << 63) - 1
+
+
+class Parameter(NamedTuple):
+    """One `NAME=VALUE` of a function's parameters: its default, and how the value is parsed."""
+
+    default: Any
+    parse: Callable[[str, EventType], Any]  # raises ValueError
+
+
+def parse_count(text: str, event_type: EventType) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > MAX_COUNT:
+        raise ValueError(f"expected an integer from 0 to 2^63-1, not '{escape(text)}'")
+    return int(text)
+
+
+def parse_by(text: str, event_type: EventType) -> Tuple[Field, ...]:
+    fields, known = [], event_fields(event_type)
+    for name in text.split(","):
+        name = name.strip()
+        if name not in known:
+            raise ValueError(f"{event_type.name} has no field '{escape(name)}'{suggest(name, known)}")
+        if known[name] in fields:
+            raise ValueError(f"field '{name}' stands twice")
+        fields.append(known[name])
+    return tuple(fields)
+
+
+class Group:
+    """The state of one `by` group."""
+
+    __slots__ = ("second", "received", "counted")
+
+    def __init__(self) -> None:
+        self.second = -1   # the second that `received` belongs to
+        self.received = 0  # events in that second
+        self.counted = 0   # events since the last one that passed
+
+
+class Sigma:
+    """`frequency=N`: every N-th event passes. `threshold=T`: the first T of a second are held back, not counted."""
+
+    name: ClassVar[str] = "sigma"
+    parameters: ClassVar[Dict[str, Parameter]] = {
+        "frequency": Parameter(1, parse_count),
+        "threshold": Parameter(0, parse_count),
+        "by": Parameter((), parse_by),
+    }
+
+    def __init__(self, frequency: int = 1, threshold: int = 0, by: Tuple[Field, ...] = ()) -> None:
+        self.frequency, self.threshold, self.by = max(frequency, 1), threshold, by
+        self.getters = [member.getter() for member in by]
+        self.groups: Dict[Tuple[Value, ...], Group] = {}
+        self.other: Optional[Group] = None  # all groups beyond MAX_GROUPS
+        self.second = 0
+
+    def group(self, event: Event) -> Group:
+        key = tuple([get(event) for get in self.getters])
+        group = self.groups.get(key)
+        if group is None:
+            if len(self.groups) < MAX_GROUPS:
+                group = self.groups[key] = Group()
+            else:
+                group = self.other = self.other or Group()
+        return group
+
+    def passes(self, event: Event) -> bool:
+        """Counts a matched event and says whether it passes."""
+        group = self.group(event)
+        if group.second != self.second:
+            group.second, group.received = self.second, 0
+        group.received += 1
+        if group.received <= self.threshold:
+            return False
+        group.counted += 1
+        if group.counted < self.frequency:
+            return False
+        group.counted = 0
+        return True
+
+    def tick(self) -> None:
+        """The second is over."""
+        self.second += 1
+
+
+PROCESSING: Dict[str, Type[Sigma]] = {function.name: function for function in (Sigma,)}
+
+
+# ======================================================================================================================
+# Output functions: what reaches a channel of the events that passed. Another one is one class here
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One record for a channel. `lost` is how many of the filter's passed events were lost since the alert before."""
+
+    filter: Filter
+    time: float  # seconds since the Unix epoch
+    count: int
+    matched: int
+    lost: int
+    sample: Event
+
+
+class AlertsPerSec:
+    """At the end of a second in which something passed, one alert with the first event that did as its sample."""
+
+    name: ClassVar[str] = "alerts_per_sec"
+
+    def __init__(self) -> None:
+        self.matched = self.passed = 0
+        self.sample: Optional[Event] = None
+
+    def add(self, event: Event, passed: bool) -> None:
+        self.matched += 1
+        if passed:
+            self.passed += 1
+            if self.sample is None:
+                self.sample = resolve_path(event)
+
+    def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
+        """The alert of the second that ends, if any; `lost` as in Alert."""
+        alert = Alert(filter, now, self.passed, self.matched, lost, self.sample) if self.sample is not None else None
+        self.matched = self.passed = 0
+        self.sample = None
+        return alert
+
+
+OUTPUTS: Dict[str, Type[AlertsPerSec]] = {function.name: function for function in (AlertsPerSec,)}
+
+
+# ======================================================================================================================
+# Spec: JSON to validated records, with every error found
+# ======================================================================================================================
+
+MAX_FILTERS = 1024
+FORMATS = {"file": ("collector_spec_pb", "text", "json"), "grpc": ("collector_spec_pb",)}
+
+
+@dataclass(frozen=True)
+class ChannelSpec:
+    """One entry of `channels`."""
+
+    id: str
+    type: str  # key of FORMATS
+    path: str
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One entry of `events`."""
+
+    id: str
+    event: str
+    channel: str
+    stream: str
+    group: str
+    rule_text: str
+    rule: Optional[Condition]  # None: every event matches
+    processing: str            # key of PROCESSING
+    parameters: Mapping[str, Any] = field(hash=False)
+    metrics: str               # key of OUTPUTS
+    format: str
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A valid aggregation spec. `warnings` are texts about what is allowed but hardly meant."""
+
+    channels: Tuple[ChannelSpec, ...]
+    filters: Tuple[Filter, ...]
+    warnings: Tuple[str, ...] = ()
+
+    @property
+    def used_channels(self) -> List[ChannelSpec]:
+        used = {member.channel for member in self.filters}
+        return [channel for channel in self.channels if channel.id in used]
+
+
+def load_spec(path: Union[str, os.PathLike[str]]) -> Spec:
+    """The spec in a file. Raises SpecError with every error in it, each beginning with the file's name."""
+    name = escape(os.fspath(path))
+    try:
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SpecError([f"{name}: cannot read the spec: {reason}"]) from None
+    try:
+        return parse_spec(parse_json(data))
+    except SpecError as error:
+        raise SpecError([f"{name}: {text}" for text in error.errors]) from None
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in `data`. Raises SpecError with line and column."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SpecError([f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"]) from None
+    if not text.strip():
+        raise SpecError(["the file is empty; a spec is a JSON object with 'channels' and 'events'"])
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        raise SpecError([f"not JSON: line {error.lineno} column {error.colno}: {error.msg}"]) from None
+    except RecursionError:
+        raise SpecError(["not a spec: nested too deeply"]) from None
+    except ValueError as error:  # refuse_constant, and integers of thousands of digits
+        raise SpecError([f"not JSON: {str(error).split(';')[0]}"]) from None
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def unique_keys(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    """An object whose repeated keys are kept under DUPLICATES, to be reported where the path is known."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = collections.Counter(key for key, _ in pairs)
+        value[DUPLICATES] = [key for key, count in counts.items() if count > 1]
+    return value
+
+
+DUPLICATES = "\0duplicates"  # no spec key: a NUL in one is refused as unknown
+
+
+def parse_spec(value: Any) -> Spec:
+    """A Spec from a JSON value. Raises SpecError with every error in it."""
+    return SpecParser().parse(value)
+
+
+class SpecParser:
+    """Walks a JSON value and collects errors: each says the JSON path, what was expected, and the nearest name."""
+
+    def __init__(self) -> None:
+        self.errors: List[str] = []
+        self.warnings: List[str] = []
+
+    def error(self, path: str, message: str) -> None:
+        self.errors.append(f"{path}: {message}" if path else message)
+
+    def parse(self, value: Any) -> Spec:
+        top = self.object(value, "", {"channels": list, "events": list}, {})
+        channels = [self.channel(item, f"channels[{i}]") for i, item in enumerate(top.get("channels", []))]
+        known = {channel.id: channel for channel in channels if channel}
+        self.unique("channels", [channel.id if channel else None for channel in channels])
+        events = top.get("events", [])
+        if "events" in top and not events:
+            self.error("events", "expected at least one filter")
+        if len(events) > MAX_FILTERS:
+            self.error("events", f"{len(events)} filters are too many (at most {MAX_FILTERS})")
+        filters = [self.filter(item, i, known, len(known) == len(channels)) for i, item in enumerate(events)]
+        self.unique("events", [member.id if member else None for member in filters])
+        if self.errors:
+            raise SpecError(self.errors)
+        spec = Spec(tuple(c for c in channels if c), tuple(f for f in filters if f))
+        unused = set(known) - {channel.id for channel in spec.used_channels}
+        self.warnings += [f"channel '{escape(name)}' is used by no filter and is not opened" for name in known
+                          if name in unused]
+        return Spec(spec.channels, spec.filters, tuple(self.warnings))
+
+    def object(self, value: Any, path: str, required: Dict[str, type], optional: Dict[str, type]) -> Dict[str, Any]:
+        """The members of a JSON object that have the right type; the others are errors."""
+        if not isinstance(value, dict):
+            self.error(path, f"expected an object, not {json_type(value)}")
+            return {}
+        members = {**required, **optional}
+        prefix = path + "." if path else ""
+        for key in value.get(DUPLICATES, ()):
+            self.error(f"{prefix}{escape(key)}", "stands twice in the same object")
+        for key in value:
+            if key not in members and key != DUPLICATES:
+                self.error(prefix + escape(key), f"unknown key{suggest(key, members)}; known: {', '.join(members)}")
+        for key in required:
+            if key not in value:
+                self.error(path, f"'{key}' is missing")
+        found = {}
+        for key, expected in members.items():
+            if key in value and self.has_type(value[key], expected, prefix + key):
+                found[key] = value[key]
+        return found
+
+    def has_type(self, value: Any, expected: type, path: str) -> bool:
+        if not isinstance(value, expected):
+            self.error(path, f"expected {json_type(expected())}, not {json_type(value)}")
+            return False
+        if isinstance(value, str) and "\0" in value:
+            self.error(path, "a string with a NUL cannot be used here")
+            return False
+        return True
+
+    def known(self, path: str, what: str, name: Optional[str], names: Iterable[str]) -> Optional[str]:
+        """`name` when it is one of `names`; None, and an error, when it is not."""
+        names = list(names)
+        if name is None or name in names:
+            return name
+        self.error(path, f"unknown {what} '{escape(name)}'{suggest(name, names)}; known: {', '.join(names)}")
+        return None
+
+    def unique(self, path: str, ids: Sequence[Optional[str]]) -> None:
+        first: Dict[str, int] = {}
+        for index, name in enumerate(ids):
+            if name is not None and first.setdefault(name, index) != index:
+                self.error(f"{path}[{index}].id", f"'{escape(name)}' is already the id of {path}[{first[name]}]")
+
+    def channel(self, value: Any, path: str) -> Optional[ChannelSpec]:
+        members = self.object(value, path, {"id": str, "type": str, "path": str}, {})
+        kind = self.known(f"{path}.type", "channel type", members.get("type"), FORMATS)
+        if members.get("id") == "":
+            self.error(f"{path}.id", "expected a text that is not empty")
+        if members.get("path") == "":
+            self.error(f"{path}.path", "expected a text that is not empty")
+        elif kind == "grpc" and "path" in members:
+            try:
+                parse_address(members["path"])
+            except ValueError as error:
+                self.error(f"{path}.path", str(error))
+        if not members.get("id") or not kind or not members.get("path"):
+            return None
+        return ChannelSpec(members["id"], kind, members["path"])
+
+    def filter(self, value: Any, index: int, channels: Dict[str, ChannelSpec], all_known: bool) -> Optional[Filter]:
+        path, before = f"events[{index}]", len(self.errors)
+        members = self.object(value, path, {"name": str, "channel": str, "function": dict, "output": dict},
+                              {"id": str, "stream": str, "group": str, "rule": str})
+        if members.get("id") == "":
+            self.error(f"{path}.id", "expected a text that is not empty")
+        name = self.known(f"{path}.name", "event", members.get("name"), EVENT_TYPES)
+        event_type = EVENT_TYPES[name] if name else None
+        channel = members.get("channel")
+        if all_known or channel in channels:  # else the error stands at the channel already
+            channel = self.known(f"{path}.channel", "channel id", channel, channels)
+        function = self.function(members.get("function", {}), f"{path}.function", event_type,
+                                 "function" in members)
+        output = self.output(members.get("output", {}), f"{path}.output",
+                             channels[channel].type if channel in channels else None, "output" in members)
+        rule = self.rule(members.get("rule", ""), f"{path}.rule", event_type)
+        if len(self.errors) > before or not event_type or not channel or not function or not output:
+            return None
+        return Filter(members.get("id", f"{event_type.name}-{index}"), event_type.name, channel,
+                      members.get("stream", ""), members.get("group", ""), members.get("rule", ""), rule,
+                      function[0], function[1], output[0], output[1])
+
+    def rule(self, text: str, path: str, event_type: Optional[EventType]) -> Optional[Condition]:
+        if event_type is not None:
+            try:
+                return parse_rule(text, event_type)
+            except RuleError as error:
+                self.error(path, error.with_caret() if error.rule else str(error))
+        return None
+
+    def function(self, value: Any, path: str, event_type: Optional[EventType],
+                 present: bool) -> Optional[Tuple[str, Dict[str, Any]]]:
+        if not present:
+            return None
+        members = self.object(value, path, {"id": str}, {"parameters": str})
+        name = self.known(f"{path}.id", "function", members.get("id"), PROCESSING)
+        if name is None or event_type is None:
+            return None
+        return name, self.parameters(members.get("parameters", ""), f"{path}.parameters", name, event_type)
+
+    def parameters(self, text: str, path: str, function: str, event_type: EventType) -> Dict[str, Any]:
+        """`frequency=100;threshold=0` as a dict of all the function's parameters."""
+        known = PROCESSING[function].parameters
+        values: Dict[str, Any] = {}
+        for part in text.split(";") if text.strip() else []:
+            name, equals, value = (word.strip() for word in part.partition("="))
+            if not equals:
+                self.error(path, f"expected NAME=VALUE, not '{escape(part)}'")
+            elif name not in known:
+                self.error(path, f"{function} has no parameter '{escape(name)}'{suggest(name, known)}; "
+                                 f"known: {', '.join(known)}")
+            elif name in values:
+                self.error(path, f"parameter '{name}' stands twice")
+            else:
+                try:
+                    values[name] = known[name].parse(value, event_type)
+                except ValueError as error:
+                    self.error(path, f"{name}: {error}")
+        return {**{name: parameter.default for name, parameter in known.items()}, **values}
+
+    def output(self, value: Any, path: str, channel_type: Optional[str],
+               present: bool) -> Optional[Tuple[str, str]]:
+        if not present:
+            return None
+        members = self.object(value, path, {"metrics": str, "format": str}, {})
+        metrics = self.known(f"{path}.metrics", "metrics", members.get("metrics"), OUTPUTS)
+        formats = FORMATS[channel_type] if channel_type else sorted({f for known in FORMATS.values() for f in known})
+        format_name = self.known(f"{path}.format", f"format for a {channel_type or 'file or grpc'} channel",
+                                 members.get("format"), formats)
+        return (metrics, format_name) if metrics and format_name else None
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls a value, with its article."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    names: Dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
+    return names.get(type(value), "a number")
+
+
+def parse_address(text: str) -> Tuple[str, int]:
+    """`HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65535:
+        raise ValueError(f"expected HOST:PORT, as in localhost:50051, not '{escape(text)}'")
+    return match[1].strip("[]"), int(match[2])
+
+
+# ======================================================================================================================
+# Accounting: what became of every matched event
+# ======================================================================================================================
+
+
+class Account:
+    """One filter's totals. Channels settle alerts from a thread of their own."""
+
+    def __init__(self, name: str, event: str) -> None:
+        self.id, self.event = name, event
+        self.matched = self.passed = self.folded = self.alerts = 0
+        self.delivered = 0                 # sum of count over delivered alerts
+        self.lost: Dict[str, int] = {}     # cause -> passed events
+        self.unreported = 0                # of these, what no alert has carried yet
+        self.lock = threading.Lock()
+
+    def deliver(self, count: int) -> None:
+        with self.lock:
+            self.delivered += count
+
+    def lose(self, cause: str, count: int) -> None:
+        with self.lock:
+            self.lost[cause] = self.lost.get(cause, 0) + count
+            self.unreported += count
+
+    def take_unreported(self) -> int:
+        with self.lock:
+            unreported, self.unreported = self.unreported, 0
+            return unreported
+
+    @property
+    def balanced(self) -> bool:
+        return self.matched == self.passed + self.folded and self.passed == self.delivered + sum(self.lost.values())
+
+    def as_json(self) -> Dict[str, Any]:
+        return {"id": self.id, "event": self.event, "matched": self.matched, "passed": self.passed,
+                "folded": self.folded, "alerts": self.alerts, "lost": dict(sorted(self.lost.items()))}
+
+
+def summarize(accounts: Sequence[Account]) -> Dict[str, Any]:
+    """The accounting as `--summary` writes it."""
+    return {"filters": [account.as_json() for account in accounts],
+            "balanced": all(account.balanced for account in accounts)}
+
+
+def format_accounting(accounts: Sequence[Account]) -> List[str]:
+    """The accounting as a table, one line per filter."""
+    rows = [("FILTER", "EVENT", "MATCHED", "PASSED", "FOLDED", "ALERTS", "LOST")]
+    for account in accounts:
+        lost = ", ".join(f"{count} {cause}" for cause, count in sorted(account.lost.items())) or "0"
+        rows.append((escape(account.id), account.event, str(account.matched), str(account.passed),
+                     str(account.folded), str(account.alerts), lost))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]),
+                       *(row[i].rjust(widths[i]) for i in range(2, len(widths))), row[-1]]) for row in rows]
+
+
+# ======================================================================================================================
+# Channels: where alerts go. Each alert that is sent is settled once, as delivered or as lost with a cause
+# ======================================================================================================================
+
+HOSTNAME = socket.gethostname()
+
+
+def say(message: str) -> None:
+    """One line on stderr, in one write, so that lines of threads do not mix."""
+    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+        sys.stderr.write(f"{CLEAR_LINE if sys.stderr.isatty() else ''}traceleft: {message}\n")
+        sys.stderr.flush()
+
+
+CLEAR_LINE = "\r\x1b[K"
+
+
+class Channel:
+    """A place that alerts are sent to. `accounts` maps filter ids to where the outcome is counted."""
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
+        self.spec, self.accounts = spec, accounts
+
+    def open(self) -> None:
+        """Raises TraceleftError when the channel cannot be used; nothing is open then."""
+
+    def send(self, alert: Alert) -> None:
+        """Takes one alert; it is settled now or later."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """All alerts of this tick have been sent."""
+
+    def close(self) -> None:
+        """Delivers what is pending within a bounded time; the rest is settled as lost."""
+
+
+def format_text(alert: Alert) -> str:
+    """The block of the formats `text` and `collector_spec_pb` on a file channel."""
+    event = alert.sample
+    return (f"COUNT: {alert.count}\n"
+            f"EVENT: {{Timestamp:{event.timestamp_ns} ProgramID:{event.program_id} Pid:{event.pid} Ret:{event.ret} "
+            f"Name:{event.name} Hash:{event.hash} Flags:{event.flags}}} {format_args(event)}"
+            f"{' [container]' if event.in_container else ''}\n\n")
+
+
+def format_json(alert: Alert) -> str:
+    """One object on one line. Bytes that are no UTF-8 appear as \\udc80 to \\udcff."""
+    event = alert.sample
+    moment = datetime.datetime.fromtimestamp(alert.time, datetime.timezone.utc)
+    sample: Dict[str, Any] = {name: getattr(event, name) for name in (
+        "timestamp_ns", "pid", "tid", "ppid", "uid", "gid", "comm", "program_id", "ret", "hash")}
+    sample["args"] = event.named_args
+    if event.path is not None:
+        sample["path"] = event.path
+    if event.flags:
+        sample["flags"] = event.flags
+    return json.dumps({
+        "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "host": HOSTNAME,
+        "filter": alert.filter.id, "event": event.name, "stream": alert.filter.stream, "group": alert.filter.group,
+        "metrics": alert.filter.metrics, "count": alert.count, "matched": alert.matched, "lost": alert.lost,
+        "sample": sample}) + "\n"
+
+
+FILE_FORMATS: Dict[str, Callable[[Alert], str]] = {
+    "text": format_text, "collector_spec_pb": format_text, "json": format_json,
+}
+
+
+class FileChannel(Channel):
+    """Appends each alert to a file with one write."""
+
+    fd = -1
+    failing = False
+
+    def open(self) -> None:
+        try:
+            self.fd = os.open(self.spec.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY,
+                              0o600)
+        except OSError as error:
+            raise TraceleftError(f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: "
+                                 f"{error.strerror}; its directory must exist and be writable") from None
+
+    def send(self, alert: Alert) -> None:
+        account = self.accounts[alert.filter.id]
+        try:
+            self.write(FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            account.lose("write_failed", alert.count)
+            if not self.failing:
+                say(f"cannot write to {escape(self.spec.path)}: {error.strerror}; alerts are lost and counted")
+            self.failing = True
+        else:
+            account.deliver(alert.count)
+            if self.failing:
+                say(f"writing to {escape(self.spec.path)} works again")
+            self.failing = False
+
+    def write(self, data: bytes) -> None:
+        """All of `data`, or OSError and nothing: a record that was cut short is taken back."""
+        written = os.write(self.fd, data)
+        if written < len(data):  # the disk is full: the kernel wrote what fitted
+            with contextlib.suppress(OSError):  # not a regular file
+                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+# ======================================================================================================================
+# Wire contract: protobuf messages, built at run time because generated code ties a script to one protobuf version
+# ======================================================================================================================
+
+WireField = Tuple[str, int, str]  # name, number, scalar type or message name
+CONNECTION_V4: Tuple[WireField, ...] = (("Saddr", 1, "uint32"), ("Daddr", 2, "uint32"), ("Sport", 3, "uint32"),
+                                        ("Dport", 4, "uint32"), ("Netns", 5, "uint32"))
+CONNECTION_V6: Tuple[WireField, ...] = (("Saddr", 1, "string"), ("Daddr", 2, "string"), *CONNECTION_V4[2:])
+COMMON_EVENT: Tuple[WireField, ...] = (
+    ("Timestamp", 1, "uint64"), ("Pid", 2, "int64"), ("Ret", 3, "int64"), ("Name", 4, "string"), ("Hash", 5, "uint64"),
+    ("Flags", 6, "uint64"),
+    # from 100 up: not in the original contract
+    ("Tid", 100, "int64"), ("Ppid", 101, "int64"), ("Uid", 102, "uint32"), ("Gid", 103, "uint32"),
+    ("Comm", 104, "bytes"), ("ProgramID", 105, "uint64"), ("Path", 106, "bytes"),
+)
+METRIC_EXTENSIONS: Tuple[WireField, ...] = (
+    ("Matched", 100, "uint64"), ("Lost", 101, "uint64"), ("Host", 102, "string"), ("Filter", 103, "string"),
+    ("Stream", 104, "string"), ("Group", 105, "string"), ("Metrics", 106, "string"), ("Time", 107, "double"),
+)
+WIRE_PACKAGE = "tracer"
+WIRE_METHOD = f"/{WIRE_PACKAGE}.MetricCollector/Process"
+
+
+def wire_messages() -> Dict[str, Tuple[WireField, ...]]:
+    """Every message of the contract with its fields; the syscalls' messages follow from the event table."""
+    messages = {"ProtobufCommonEvent": COMMON_EVENT, "ProtobufConnectV4Event": CONNECTION_V4,
+                "ProtobufConnectV6Event": CONNECTION_V6}
+    metric: List[WireField] = [("Count", 1, "uint64"), ("CommonEvent", 2, "ProtobufCommonEvent"),
+                               ("ConnectV4Event", 3, "ProtobufConnectV4Event"),
+                               ("ConnectV6Event", 4, "ProtobufConnectV6Event")]
+    for event_type in sorted(EVENT_TYPES.values(), key=lambda event_type: event_type.metric_field):
+        number = event_type.metric_field
+        messages[event_type.message] = tuple((argument.name, i, argument.type.wire)
+                                             for i, argument in enumerate(event_type.arguments, 1))
+        metric.append((f"{camel_case(event_type.name)}Event", number, event_type.message))
+    return {**messages, "Metric": (*metric, *METRIC_EXTENSIONS), "Empty": ()}
+
+
+def import_optional(module: str) -> Any:
+    """An optional package. Raises HostError that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise HostError(f"a grpc channel and 'collect' need the Python packages grpcio and protobuf ({error}): "
+                        "apt-get install python3-grpcio python3-protobuf, or pip install grpcio protobuf") from None
+
+
+def build_wire() -> Dict[str, Any]:
+    """Message name -> class. Works with any protobuf since 3.12. Raises HostError without protobuf."""
+    descriptor_pb2 = import_optional("google.protobuf.descriptor_pb2")
+    descriptor_pool = import_optional("google.protobuf.descriptor_pool")
+    message_factory = import_optional("google.protobuf.message_factory")
+    file = descriptor_pb2.FileDescriptorProto(name="metric_collector.proto", package=WIRE_PACKAGE, syntax="proto3")
+    field_type = descriptor_pb2.FieldDescriptorProto
+    for message, fields in wire_messages().items():
+        described = file.message_type.add(name=message)
+        for name, number, kind in fields:
+            scalar = not kind[0].isupper()
+            described.field.add(name=name, number=number, label=field_type.LABEL_OPTIONAL,
+                                type=field_type.Type.Value(f"TYPE_{kind.upper()}" if scalar else "TYPE_MESSAGE"),
+                                type_name=None if scalar else f".{WIRE_PACKAGE}.{kind}")
+    service = file.service.add(name="MetricCollector")
+    service.method.add(name="Process", input_type=f".{WIRE_PACKAGE}.Metric", output_type=f".{WIRE_PACKAGE}.Empty",
+                       client_streaming=True)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file) if not hasattr(pool, "AddSerializedFile") else pool.AddSerializedFile(file.SerializeToString())
+    if hasattr(message_factory, "GetMessageClass"):
+        get_class = message_factory.GetMessageClass
+    else:  # before protobuf 4.22
+        get_class = message_factory.MessageFactory(pool).GetPrototype
+    return {name: get_class(pool.FindMessageTypeByName(f"{WIRE_PACKAGE}.{name}")) for name in wire_messages()}
+
+
+INT_RANGES = {"int64": (64, True), "uint64": (64, False), "uint32": (32, False)}
+
+
+def wrap_int(value: int, kind: str) -> int:
+    """`value` modulo the wire type's range, as a C cast does it: -1 in a uint64 is 2^64-1."""
+    bits, signed = INT_RANGES[kind]
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if signed and value >> (bits - 1) else value
+
+
+def encode_metric(wire: Mapping[str, Any], alert: Alert) -> bytes:
+    """The serialized Metric of one alert."""
+    event, event_type = alert.sample, alert.sample.type
+    message = wire[event_type.message]()
+    for argument, value in zip(event_type.arguments, event.args):
+        setattr(message, argument.name,
+                encode_text(value) if isinstance(value, str) else wrap_int(value, argument.type.wire))
+    common = wire["ProtobufCommonEvent"](
+        Timestamp=event.timestamp_ns, Pid=event.pid, Ret=event.ret, Name=event.name, Hash=event.hash,
+        Flags=event.flags, Tid=event.tid, Ppid=event.ppid, Uid=event.uid, Gid=event.gid, Comm=encode_text(event.comm),
+        ProgramID=event.program_id, Path=encode_text(event.path or ""))
+    metric = wire["Metric"](
+        Count=alert.count, CommonEvent=common, Matched=alert.matched, Lost=alert.lost, Host=HOSTNAME,
+        Filter=wire_text(alert.filter.id), Stream=wire_text(alert.filter.stream), Group=wire_text(alert.filter.group),
+        Metrics=alert.filter.metrics, Time=alert.time, **{f"{camel_case(event.name)}Event": message})
+    data: bytes = metric.SerializeToString()
+    return data
+
+
+def wire_text(text: str) -> str:
+    """`text` as proto3 strings must be: valid UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+# ======================================================================================================================
+# gRPC channel: a thread sends, so that a slow or absent collector never holds up reading
+# ======================================================================================================================
+
+MAX_QUEUE_BYTES = 8 << 20
+MAX_STREAM_ALERTS = 1000
+ACK_TIMEOUT = 10.0                # seconds until a stream without an acknowledgement counts as failed
+BACKOFF_MIN, BACKOFF_MAX = 0.2, 10.0  # seconds
+CLOSE_TIMEOUT = 5.0               # seconds that the end of a run may take to deliver what is pending
+CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
+              "/etc/ssl/cert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem")
+
+
+def system_roots() -> bytes:
+    """The host's CA certificates, PEM. Raises HostError without any."""
+    for path in CA_BUNDLES:
+        try:
+            return Path(path).read_bytes()
+        except OSError:
+            continue
+    raise HostError("no CA certificates found to check the collector's: apt-get install ca-certificates, "
+                    "or use --collector-insecure for a collector without TLS")
+
+
+class GrpcChannel(Channel):
+    """Queues alerts and sends them in short streams; what a collector does not acknowledge is sent again."""
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
+        super().__init__(spec, accounts)
+        self.insecure = insecure
+        self.queue: Deque[Tuple[Account, int, bytes]] = collections.deque()  # account, count, serialized Metric
+        self.queue_bytes = 0
+        self.changed = threading.Condition()
+        self.flushed = False              # the thread may send what is in the queue
+        self.deadline: Optional[float] = None  # set by close(), monotonic seconds
+        self.call: Any = None
+        self.failing = False
+        self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
+
+    def open(self) -> None:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the library's own lines on stderr; ours say what matters
+        self.grpc = import_optional("grpc")
+        self.wire = build_wire()
+        options = [("grpc.enable_http_proxy", 0)]
+        if self.insecure:
+            self.connection = self.grpc.insecure_channel(self.spec.path, options)
+        else:
+            credentials = self.grpc.ssl_channel_credentials(root_certificates=system_roots())
+            self.connection = self.grpc.secure_channel(self.spec.path, credentials, options)
+        self.process = self.connection.stream_unary(WIRE_METHOD, request_serializer=bytes,
+                                                    response_deserializer=self.wire["Empty"].FromString)
+        self.thread.start()
+
+    def send(self, alert: Alert) -> None:
+        account, data = self.accounts[alert.filter.id], encode_metric(self.wire, alert)
+        with self.changed:
+            if self.queue_bytes + len(data) > MAX_QUEUE_BYTES:
+                account.lose("queue_full", alert.count)
+                return
+            self.queue.append((account, alert.count, data))
+            self.queue_bytes += len(data)
+
+    def flush(self) -> None:
+        with self.changed:
+            self.flushed = bool(self.queue)
+            self.changed.notify()
+
+    def run(self) -> None:
+        """The thread: one stream per flush; after a failure it waits, longer each time, and sends again."""
+        backoff = BACKOFF_MIN
+        while True:
+            with self.changed:
+                while not self.flushed and self.deadline is None:
+                    self.changed.wait()
+                if not self.queue or self.remaining() <= 0:
+                    if self.deadline is not None:
+                        return
+                    self.flushed = False
+                    continue
+                batch = list(itertools.islice(self.queue, MAX_STREAM_ALERTS))
+            problem = self.send_stream([data for _, _, data in batch])
+            if problem is None:
+                self.acknowledged(batch)
+                backoff = BACKOFF_MIN
+                continue
+            self.report(problem)
+            with self.changed:
+                self.changed.wait(min(backoff, max(self.remaining(), 0)))
+            backoff = min(2 * backoff, BACKOFF_MAX if self.deadline is None else BACKOFF_MIN)
+
+    def remaining(self) -> float:
+        """Seconds that are left to deliver."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    def send_stream(self, batch: List[bytes]) -> Optional[str]:
+        """One stream, until its acknowledgement. Returns None, or why there was none."""
+        try:
+            self.call = self.process.future(iter(batch), timeout=max(min(ACK_TIMEOUT, self.remaining()), 0.01))
+            self.call.result()
+        except self.grpc.FutureCancelledError:
+            return "no answer in time"
+        except self.grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}" if hasattr(error, "code") else str(error)
+        return None
+
+    def acknowledged(self, batch: List[Tuple[Account, int, bytes]]) -> None:
+        with self.changed:
+            for account, count, data in batch:
+                self.queue.popleft()
+                self.queue_bytes -= len(data)
+                account.deliver(count)
+            if not self.queue:
+                self.flushed = False
+        if self.failing:
+            say(f"{escape(self.spec.path)} acknowledges again")
+        self.failing = False
+
+    def report(self, problem: str) -> None:
+        if not self.failing:
+            say(f"{escape(self.spec.path)}: {escape(problem)}; alerts are kept and sent again")
+        self.failing = True
+
+    def close(self) -> None:
+        with self.changed:
+            self.deadline = time.monotonic() + CLOSE_TIMEOUT
+            self.changed.notify()
+        self.thread.join(CLOSE_TIMEOUT)
+        if self.thread.is_alive() and self.call is not None:
+            self.call.cancel()
+        self.thread.join()
+        for account, count, _ in self.queue:
+            account.lose("not_acknowledged", count)
+        if self.queue:
+            say(f"{escape(self.spec.path)}: {len(self.queue)} alerts were not acknowledged and are lost")
+            self.queue.clear()
+        self.connection.close()
+
+
+def make_channel(spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool) -> Channel:
+    return FileChannel(spec, accounts) if spec.type == "file" else GrpcChannel(spec, accounts, insecure)
+
+
+# ======================================================================================================================
+# Aggregator: events and time in, alerts out
+# ======================================================================================================================
+
+
+class FilterState:
+    """One filter at work: the reference model of rule, processing function and output function."""
+
+    def __init__(self, spec: Filter, account: Account) -> None:
+        self.spec, self.account = spec, account
+        self.matches = spec.rule.matcher() if spec.rule is not None else None
+        self.processing = PROCESSING[spec.processing](**spec.parameters)
+        self.output = OUTPUTS[spec.metrics]()
+
+    def add(self, event: Event) -> None:
+        if self.matches is not None and not self.matches(event):
+            return
+        passed = self.processing.passes(event)
+        self.account.matched += 1
+        if passed:
+            self.account.passed += 1
+        else:
+            self.account.folded += 1
+        self.output.add(event, passed)
+
+    def tick(self, now: float, channel: Channel) -> None:
+        self.processing.tick()
+        alert = self.output.tick(self.spec, now, self.account.unreported)
+        if alert is not None:
+            self.account.take_unreported()
+            self.account.alerts += 1
+            channel.send(alert)
+            if not isinstance(channel, Channel):  # a caller's own: it cannot settle, so taking is delivering
+                self.account.deliver(alert.count)
+
+
+class Aggregator:
+    """Runs a spec over events.
+
+    `spec` is a Spec, a spec's JSON value, or the path of one. `channels` maps channel ids to objects with a method
+    `send(alert)`; without it the spec's own channels are opened. Without a live kernel:
+
+        aggregator = Aggregator("spec.json", {"1": channel})
+        aggregator.add(make_event("open", "/tmp/a.txt", 577, 438, pid=4242))
+        aggregator.tick(time.time())  # ends the second: alerts are sent
+    """
+
+    def __init__(self, spec: Union[Spec, Mapping[str, Any], str, os.PathLike[str]],
+                 channels: Optional[Mapping[str, Any]] = None, insecure: bool = False) -> None:
+        if not isinstance(spec, Spec):
+            spec = parse_spec(spec) if isinstance(spec, Mapping) else load_spec(spec)
+        self.spec = spec
+        self.accounts = {member.id: Account(member.id, member.event) for member in spec.filters}
+        self.second: Optional[int] = None
+        self.filters: Dict[str, List[FilterState]] = {}
+        for member in spec.filters:
+            self.filters.setdefault(member.event, []).append(FilterState(member, self.accounts[member.id]))
+        self.channels: Dict[str, Any] = dict(channels) if channels is not None else self.open_channels(insecure)
+
+    def open_channels(self, insecure: bool) -> Dict[str, Channel]:
+        """The spec's channels that a filter uses; all of them, or none and a TraceleftError."""
+        channels: Dict[str, Channel] = {}
+        # grpc first: what can be missing there is found before a file is made
+        for spec in sorted(self.spec.used_channels, key=lambda spec: spec.type, reverse=True):
+            channel = make_channel(spec, self.accounts, insecure)
+            try:
+                channel.open()
+            except TraceleftError:
+                for opened in channels.values():
+                    opened.close()
+                raise
+            channels[spec.id] = channel
+        return channels
+
+    def add(self, event: Event) -> None:
+        """One event, for every filter of its type."""
+        for state in self.filters.get(event.name, ()):
+            state.add(event)
+
+    def tick(self, now: float) -> None:
+        """Tells the time, in seconds since the Unix epoch. When a second has ended, its alerts are sent."""
+        if int(now // 1) != self.second:
+            self.second = int(now // 1)
+            self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Ends the current second, whatever the time is."""
+        for states in self.filters.values():
+            for state in states:
+                state.tick(now, self.channels[state.spec.channel])
+        for channel in self.channels.values():
+            getattr(channel, "flush", lambda: None)()
+
+    def close(self) -> None:
+        """Delivers what is pending; afterwards the accounting is final."""
+        for channel in self.channels.values():
+            getattr(channel, "close", lambda: None)()
+
+    def summary(self) -> Dict[str, Any]:
+        """The accounting as JSON."""
+        return summarize(list(self.accounts.values()))
+
+
+# ======================================================================================================================
+# Selectors: which processes and events are traced
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Selector:
+    """`[[PROGRAM_ID:]PID[,PID...]:]EVENT[,EVENT...]`; PID 0 is every process."""
+
+    events: Tuple[str, ...]
+    pids: Tuple[int, ...] = (0,)
+    program_id: int = 0
+
+
+def parse_selector(text: str) -> Selector:
+    """Raises UsageError."""
+    parts = text.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise UsageError(f"malformed selector '{escape(text)}': expected [[PROGRAM_ID:]PID[,PID...]:]EVENT[,EVENT...], "
+                         "as in open,close or 42:1234,1235:read")
+    events = tuple(dict.fromkeys(parts[-1].split(",")))
+    for name in events:
+        if name not in EVENT_TYPES:
+            raise UsageError(f"unknown event '{escape(name)}' in selector '{escape(text)}'"
+                             f"{suggest(name, EVENT_TYPES)}; 'traceleft.py events' lists them")
+    words = parts[-2].split(",") if len(parts) > 1 else ["0"]
+    pids = tuple(parse_number(word, "PID", text, 1 << 22) for word in words)
+    program_id = parse_number(parts[0], "PROGRAM_ID", text, (1 << 64) - 1) if len(parts) > 2 else 0
+    return Selector(events, pids, program_id)
+
+
+def parse_number(word: str, what: str, text: str, most: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", word) or int(word) > most:
+        raise UsageError(f"malformed selector '{escape(text)}': {what} must be an integer from 0 to {most}, "
+                         f"not '{escape(word)}'")
+    return int(word)
+
+
+@dataclass
+class Wanted:
+    """The processes that one event type is traced for: `pids` maps each to its program id."""
+
+    any_process: bool = False
+    program_id: int = 0  # of processes that are not in pids
+    pids: Dict[int, int] = field(default_factory=dict)
+
+    def add(self, pid: int, program_id: int, event: str) -> None:
+        if pid == 0:
+            before = self.program_id if self.any_process else program_id
+            self.any_process, self.program_id = True, program_id
+        else:
+            before = self.pids.setdefault(pid, program_id)
+        if before != program_id:
+            raise UsageError(f"{event} of {f'process {pid}' if pid else 'every process'} is selected with two program "
+                             f"ids, {before} and {program_id}")
+
+
+def plan_selectors(selectors: Sequence[Selector]) -> Dict[str, Wanted]:
+    """Event name -> processes. Raises UsageError for contradictions and for processes that do not exist."""
+    plan: Dict[str, Wanted] = {}
+    for selector in selectors:
+        for pid in selector.pids:
+            if pid and not os.path.exists(f"/proc/{pid}"):
+                raise UsageError(f"there is no process {pid}")
+            for event in selector.events:
+                plan.setdefault(event, Wanted()).add(pid, selector.program_id, event)
+    return plan
+
+
+def plan_spec(spec: Spec, selectors: Sequence[Selector]) -> Dict[str, Wanted]:
+    """The spec's events, restricted to the selectors' processes when there are any. Raises UsageError."""
+    wanted = {member.event for member in spec.filters}
+    if not selectors:
+        return {name: Wanted(any_process=True) for name in EVENT_NAMES if name in wanted}
+    plan = plan_selectors(selectors)
+    for name in plan:
+        if name not in wanted:
+            raise UsageError(f"a selector names '{name}', which no filter of the spec uses; "
+                             f"its events: {', '.join(sorted(wanted))}")
+    for name in sorted(wanted - set(plan)):
+        say(f"warning: no selector names '{name}': its filters will see nothing")
+    return plan
+
+
+# ======================================================================================================================
+# libbpf through ctypes
+# ======================================================================================================================
+
+# The callbacks and options of libbpf's API. Sources: bpf/libbpf.h of libbpf 1.0, include/uapi/linux/bpf.h
+PrintCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+SampleCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class BpfObjectOpenOpts(ctypes.Structure):
+    """The first members of struct bpf_object_open_opts (bpf/libbpf.h); `sz` tells libbpf that there are no more."""
+
+    _fields_ = [("sz", ctypes.c_size_t), ("object_name", ctypes.c_char_p)]
+
+
+class BpfTracepointOpts(ctypes.Structure):
+    """struct bpf_tracepoint_opts (bpf/libbpf.h)."""
+
+    _fields_ = [("sz", ctypes.c_size_t), ("bpf_cookie", ctypes.c_uint64)]
+
+
+_pointer, _int, _size, _text = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_char_p
+PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
+    # function                            result    arguments
+    "libbpf_major_version":               (ctypes.c_uint32, ()),
+    "libbpf_version_string":              (_text,    ()),
+    "libbpf_set_print":                   (_pointer, (PrintCallback,)),
+    "libbpf_num_possible_cpus":           (_int,     ()),
+    "bpf_object__open_mem":               (_pointer, (_pointer, _size, ctypes.POINTER(BpfObjectOpenOpts))),
+    "bpf_object__load":                   (_int,     (_pointer,)),
+    "bpf_object__close":                  (None,     (_pointer,)),
+    "bpf_object__find_program_by_name":   (_pointer, (_pointer, _text)),
+    "bpf_object__find_map_by_name":       (_pointer, (_pointer, _text)),
+    "bpf_program__fd":                    (_int,     (_pointer,)),
+    "bpf_program__attach_tracepoint_opts": (_pointer, (_pointer, _text, _text, ctypes.POINTER(BpfTracepointOpts))),
+    "bpf_link__destroy":                  (_int,     (_pointer,)),
+    "bpf_map__fd":                        (_int,     (_pointer,)),
+    "bpf_map__set_max_entries":           (_int,     (_pointer, ctypes.c_uint32)),
+    "bpf_map__set_initial_value":         (_int,     (_pointer, _pointer, _size)),
+    "bpf_map_update_elem":                (_int,     (_int, _pointer, _pointer, ctypes.c_uint64)),
+    "bpf_map_lookup_elem":                (_int,     (_int, _pointer, _pointer)),
+    "bpf_obj_get_info_by_fd":             (_int,     (_int, _pointer, ctypes.POINTER(ctypes.c_uint32))),
+    "ring_buffer__new":                   (_pointer, (_int, SampleCallback, _pointer, _pointer)),
+    "ring_buffer__epoll_fd":              (_int,     (_pointer,)),
+    "ring_buffer__consume":               (_int,     (_pointer,)),
+    "ring_buffer__free":                  (None,     (_pointer,)),
+}
+LIBBPF_NAME = "libbpf.so.1"
+MAX_LOG_LINES = 2000
+
+
+class Libbpf:
+    """The system's libbpf: `call()` checks what its functions return, `log` holds its latest lines."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        """Raises HostError when the library is missing or too old."""
+        install = "apt-get install libbpf1, or the distribution's package of libbpf 1.0 or later"
+        try:
+            self.library = ctypes.CDLL(LIBBPF_NAME, use_errno=True)
+        except OSError as error:
+            raise HostError(f"cannot load {LIBBPF_NAME} ({error}): {install}") from None
+        for name, (restype, argtypes) in PROTOTYPES.items():
+            try:
+                function = getattr(self.library, name)
+            except AttributeError:
+                raise HostError(f"{LIBBPF_NAME} is too old: it has no {name}; {install}") from None
+            function.restype, function.argtypes = restype, argtypes
+        self.verbose = verbose
+        self.log: Deque[str] = collections.deque(maxlen=MAX_LOG_LINES)
+        self.libc = ctypes.CDLL(None)
+        self.libc.vsnprintf.argtypes = (ctypes.c_char_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_void_p)
+        self.print_callback = PrintCallback(self.print_line)  # referenced as long as libbpf may call it
+        self.library.libbpf_set_print(self.print_callback)
+
+    def print_line(self, level: int, template: bytes, arguments: int) -> int:
+        """libbpf's print callback; a va_list is passed on as the pointer that it is on x86_64 and aarch64."""
+        buffer = ctypes.create_string_buffer(8192)
+        self.libc.vsnprintf(buffer, len(buffer), template, arguments)
+        for line in decode_text(buffer.value).splitlines():
+            self.log.append(line)
+            if self.verbose:
+                say(escape(line))
+        return 0
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Calls a function; NULL and negative results raise OSError with the errno that libbpf left."""
+        result = getattr(self.library, name)(*arguments)
+        if result is None and PROTOTYPES[name][0] is _pointer:
+            code = ctypes.get_errno()
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+        if isinstance(result, int) and result < 0:
+            raise OSError(-result, f"{name}: {os.strerror(-result)}")
+        return result
+
+    def log_tail(self, count: int = 12) -> str:
+        """The log's last lines that say something, each on a line of its own, indented."""
+        telling = [line for line in self.log if not line.startswith(("-- ", "processed ")) and line.strip()]
+        return "".join(f"\n  {escape(line)}" for line in telling[-count:])
+
+
+# ======================================================================================================================
+# Tracer: loads, attaches and reads the kernel side
+# ======================================================================================================================
+
+OBJECT_PATH = Path(__file__).resolve().parent / "bpf" / "traceleft.bpf.o"
+BTF_PATH = "/sys/kernel/btf/vmlinux"
+TRACEFS_PATHS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
+MIN_KERNEL = (5, 15)
+DEFAULT_RING_BYTES = 64 << 20  # a burst of 400,000 records of a short path
+BATCH = 4096                   # records read at once: between two batches the loop sees signals and the time
+DRAIN_TIMEOUT = 1.0            # seconds for programs that were running at the time of the detach to finish
+
+# struct source, struct argument, struct process_key, struct counters, the read-only settings and enum source_flags in
+# bpf/traceleft.h and bpf/traceleft.bpf.c; a test compares them with the object's BTF
+ARGUMENT = struct.Struct("=BBB5xQ")
+SOURCE = struct.Struct("=HHIQ")
+PROCESS_KEY = struct.Struct("=II")
+COUNTERS = struct.Struct("=QQ")
+SETTINGS = struct.Struct("=I4xQ")
+SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_ONLY_FDCWD = 1, 2, 4
+WAKEUP_BYTES = 64 << 10
+PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
+PROG_INFO_RECURSION_MISSES = 208
+
+# include/uapi/linux/capability.h
+CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
+
+
+def effective_capabilities() -> int:
+    """The bit mask CapEff of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return int(line.split()[1], 16)
+    return 0
+
+
+def check_host() -> None:
+    """Raises HostError when this host or this user cannot load the object, saying what is missing."""
+    capabilities = effective_capabilities()
+    if not capabilities >> CAP_SYS_ADMIN & 1:
+        missing = [name for name, bit in (("CAP_BPF", CAP_BPF), ("CAP_PERFMON", CAP_PERFMON))
+                   if not capabilities >> bit & 1]
+        if missing:
+            raise HostError(f"missing privilege {' and '.join(missing)}: run it as root, as in sudo {sys.argv[0]}")
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    if version and (int(version[1]), int(version[2])) < MIN_KERNEL:
+        raise HostError(f"kernel {platform.release()} is too old: it needs 5.15 or later")
+    if not os.path.exists(BTF_PATH):
+        raise HostError(f"this kernel has no BTF ({BTF_PATH} is missing): boot one built with CONFIG_DEBUG_INFO_BTF")
+
+
+def mounted_tracefs() -> str:
+    """The path of tracefs, which is mounted when it is not yet. Raises HostError."""
+    for path in TRACEFS_PATHS:
+        if os.path.isdir(f"{path}/events/syscalls"):
+            return path
+    path = TRACEFS_PATHS[0]
+    libc = ctypes.CDLL(None, use_errno=True)
+    nosuid_nodev_noexec = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC in include/uapi/linux/mount.h
+    if libc.mount(b"tracefs", path.encode(), b"tracefs", ctypes.c_ulong(nosuid_nodev_noexec), None) < 0:
+        raise HostError(f"cannot mount tracefs: {os.strerror(ctypes.get_errno())}; "
+                        f"mount it: mount -t tracefs tracefs {path}")
+    if not os.path.isdir(f"{path}/events/syscalls"):
+        raise HostError("this kernel has no syscall tracepoints: it needs one built with CONFIG_FTRACE_SYSCALLS")
+    return path
+
+
+class Source(NamedTuple):
+    """One row of the kernel's table `sources`: a syscall that becomes an event type."""
+
+    event: EventType
+    syscall: Syscall
+    wanted: Wanted
+
+    def pack(self) -> bytes:
+        """struct source."""
+        flags = (SOURCE_ANY_PROCESS if self.wanted.any_process else 0) | (SOURCE_BY_PROCESS if self.wanted.pids else 0)
+        if self.syscall.presence == "!":
+            flags |= SOURCE_ONLY_FDCWD
+        packed = SOURCE.pack(EVENT_IDS[self.event.name], flags, 0, self.wanted.program_id)
+        for index in range(MAX_ARGS):
+            packed += self.pack_argument(index) if index < len(self.event.arguments) else ARGUMENT.pack(0, 0, 0, 0)
+        return packed
+
+    def pack_argument(self, index: int) -> bytes:
+        """struct argument, from the event's type of the argument and the syscall's place of it."""
+        place, kind = self.syscall.sources[index], self.event.arguments[index].type
+        if place.startswith("="):
+            return ARGUMENT.pack(KIND_CONSTANT, 0, 64, int(place[1:]))
+        if place.startswith("*"):
+            register, offset = place[1:].split("+")
+            return ARGUMENT.pack(KIND_MEMORY, int(register), 64, int(offset))
+        length_register = 0
+        if kind.kind == KIND_BUFFER_IN:
+            names = [argument.name for argument in self.event.arguments]
+            length_register = int(self.syscall.sources[names.index("count")])
+        return ARGUMENT.pack(kind.kind, int(place), kind.bits or 64, length_register)
+
+
+def plan_sources(plan: Mapping[str, Wanted], tracefs: str) -> List[Source]:
+    """What to attach to. Raises HostError for a tracepoint that this kernel lacks."""
+    sources = []
+    for name, wanted in plan.items():
+        for syscall in syscalls_here(EVENT_TYPES[name]):
+            if os.path.isdir(f"{tracefs}/events/syscalls/sys_exit_{syscall.name}"):
+                sources.append(Source(EVENT_TYPES[name], syscall, wanted))
+            elif syscall.presence != "~":
+                raise HostError(f"event '{name}': this kernel has no tracepoint syscalls/sys_exit_{syscall.name}")
+    return sources
+
+
+class Tracer:
+    """Yields the events of a live kernel.
+
+    `selectors` are texts such as "open,close" or "42:1234:read", Selectors, or a plan from plan_spec(). A context
+    manager: entering loads and attaches, leaving detaches. Needs root. Raises UsageError for a bad selector and
+    HostError when the host cannot do it:
+
+        with Tracer("open,close") as tracer:
+            for event in tracer:
+                print(format_event(event))
+
+    The process that traces is left out, unless a selector names its PID.
+    """
+
+    def __init__(self, selectors: Union[str, Iterable[Union[str, Selector]], Mapping[str, Wanted]],
+                 ring_bytes: int = DEFAULT_RING_BYTES, verbose: bool = False) -> None:
+        if isinstance(selectors, Mapping):
+            self.plan = dict(selectors)
+        else:
+            texts = selectors.split() if isinstance(selectors, str) else selectors
+            self.plan = plan_selectors([parse_selector(s) if isinstance(s, str) else s for s in texts])
+        self.ring_bytes, self.verbose = ring_bytes, verbose
+        self.records: List[bytes] = []
+        self.consumed = 0      # records read so far
+        self.more = False      # the last poll() left records in the ring
+        self.object: Any = None
+        self.ring: Any = None
+        self.links: List[Any] = []
+        self.clock_offset_ns = 0
+        self.callback_error: Optional[BaseException] = None
+        self.sample_callback = SampleCallback(self.take_record)  # referenced as long as libbpf may call it
+
+    def __enter__(self) -> Tracer:
+        try:
+            self.load()
+            self.attach()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Event]:
+        """Every event until detach(); blocks while there is none."""
+        while self.links or self.more:
+            events = self.poll()
+            yield from events
+            if not events and self.links:
+                self.wait(POLL_INTERVAL)
+
+    def load(self) -> None:
+        """Opens and loads the object and fills its tables; nothing is attached yet."""
+        check_host()
+        self.bpf = Libbpf(self.verbose)
+        self.sources = plan_sources(self.plan, mounted_tracefs())
+        try:
+            self.object_bytes = OBJECT_PATH.read_bytes()
+        except OSError as error:
+            raise HostError(f"cannot read {OBJECT_PATH}: {error.strerror}; copy the folder bpf/ along with the script"
+                            ) from None
+        options = BpfObjectOpenOpts(ctypes.sizeof(BpfObjectOpenOpts), b"traceleft")
+        try:
+            self.object = self.bpf.call("bpf_object__open_mem", self.object_bytes, len(self.object_bytes),
+                                        ctypes.byref(options))
+        except OSError as error:
+            raise HostError(f"{OBJECT_PATH} is not a usable BPF object ({error.strerror}): copy it again"
+                            f"{self.bpf.log_tail(3)}") from None
+        try:
+            self.configure()
+            self.bpf.call("bpf_object__load", self.object)
+        except OSError as error:
+            raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
+                            f"{self.bpf.log_tail()}") from None
+        self.fill_tables()
+        self.open_ring()
+
+    def configure(self) -> None:
+        """What has to be set between opening and loading."""
+        own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
+        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES)
+        self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
+        self.bpf.call("bpf_map__set_max_entries", self.map("events"), self.ring_bytes)
+
+    def map(self, name: str) -> Any:
+        return self.bpf.call("bpf_object__find_map_by_name", self.object, name.encode())
+
+    def map_fd(self, name: str) -> int:
+        fd: int = self.bpf.call("bpf_map__fd", self.map(name))
+        return fd
+
+    def update(self, map_fd: int, key: bytes, value: bytes) -> None:
+        self.bpf.call("bpf_map_update_elem", map_fd, key, value, 0)
+
+    def fill_tables(self) -> None:
+        sources, processes = self.map_fd("sources"), self.map_fd("processes")
+        for row, source in enumerate(self.sources):
+            self.update(sources, struct.pack("=I", row), source.pack())
+        for name, wanted in self.plan.items():
+            for pid, program_id in wanted.pids.items():
+                self.update(processes, PROCESS_KEY.pack(pid, EVENT_IDS[name]), struct.pack("=Q", program_id))
+
+    def open_ring(self) -> None:
+        fd = self.map_fd("events")
+        self.ring = self.bpf.call("ring_buffer__new", fd, self.sample_callback, None, None)
+        self.epoll = select.epoll.fromfd(os.dup(self.bpf.call("ring_buffer__epoll_fd", self.ring)))
+        # Level-triggered, the descriptor is ready whenever a single record is pending, although the kernel side wakes
+        # only when many are: edge-triggered, it is ready when it was woken.
+        self.epoll.modify(fd, select.EPOLLIN | select.EPOLLET)
+
+    def attach(self) -> None:
+        """Attaches to every syscall of the plan. Raises HostError; what was attached by then is detached by close()."""
+        program = self.bpf.call("bpf_object__find_program_by_name", self.object, b"sys_exit")
+        self.program_fd: int = self.bpf.call("bpf_program__fd", program)
+        self.set_clock()
+        for row, source in enumerate(self.sources):
+            options = BpfTracepointOpts(ctypes.sizeof(BpfTracepointOpts), row)
+            try:
+                self.links.append(self.bpf.call("bpf_program__attach_tracepoint_opts", program, b"syscalls",
+                                                f"sys_exit_{source.syscall.name}".encode(), ctypes.byref(options)))
+            except OSError as error:
+                raise HostError(f"cannot attach to syscalls/sys_exit_{source.syscall.name}: {error.strerror}"
+                                f"{self.bpf.log_tail(3)}") from None
+
+    def set_clock(self) -> None:
+        """Notes how far CLOCK_BOOTTIME is from Unix time: the wall clock may have been set since."""
+        self.clock_offset_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when much is pending; poll() every POLL_INTERVAL for the rest."""
+        return self.epoll.fileno()
+
+    def wait(self, timeout: float) -> None:
+        """Waits until much is pending, at most `timeout` seconds."""
+        select.select([self], [], [], timeout)
+
+    def take_record(self, context: int, data: int, size: int) -> int:
+        """libbpf's sample callback. An exception in it would be swallowed: poll() raises it. Negative stops reading."""
+        try:
+            self.records.append(ctypes.string_at(data, size))
+            return -errno.EAGAIN if len(self.records) >= BATCH else 0
+        except BaseException as error:
+            self.callback_error = error
+            return -errno.EIO
+
+    def poll(self) -> List[Event]:
+        """The events that are pending, at most BATCH; `more` says whether there are others. Never blocks."""
+        self.epoll.poll(0)  # takes the edge
+        status = self.bpf.library.ring_buffer__consume(self.ring)
+        if self.callback_error is not None:
+            raise self.callback_error
+        if status < 0 and status not in (-errno.EAGAIN, -errno.EINTR):
+            raise TraceleftError(f"cannot read the ring buffer: {os.strerror(-status)}")
+        self.more = status == -errno.EAGAIN
+        records, self.records = self.records, []
+        self.consumed += len(records)
+        return [decode_record(record, self.clock_offset_ns) for record in records]
+
+    def drain(self) -> Iterator[Event]:
+        """After detach(): the events that are left, to the last one that the kernel has counted."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while True:
+            submitted, _ = self.totals()
+            yield from self.poll()
+            if self.consumed >= submitted and not self.more or time.monotonic() > deadline:
+                return
+
+    def totals(self) -> Tuple[int, Dict[str, int]]:
+        """Records that the kernel put into the ring, and per event type how many did not fit."""
+        cpus = self.bpf.call("libbpf_num_possible_cpus")
+        buffer = ctypes.create_string_buffer(COUNTERS.size * cpus)
+        submitted, lost = 0, {}
+        for name in self.plan:
+            key = struct.pack("=I", EVENT_IDS[name])
+            self.bpf.call("bpf_map_lookup_elem", self.map_fd("counters"), key, buffer)
+            per_cpu = list(COUNTERS.iter_unpack(buffer.raw))
+            submitted += sum(counts[0] for counts in per_cpu)
+            lost[name] = sum(counts[1] for counts in per_cpu)
+        return submitted, lost
+
+    def recursion_misses(self) -> int:
+        """Events for which the kernel itself skipped the program, of whatever type."""
+        info, size = ctypes.create_string_buffer(PROG_INFO_SIZE), ctypes.c_uint32(PROG_INFO_SIZE)
+        self.bpf.call("bpf_obj_get_info_by_fd", self.program_fd, info, ctypes.byref(size))
+        misses: int = struct.unpack_from("=Q", info, PROG_INFO_RECURSION_MISSES)[0]
+        return misses if size.value >= PROG_INFO_RECURSION_MISSES + 8 else 0
+
+    def unseen(self) -> Dict[str, Dict[str, int]]:
+        """Event type -> cause -> events that never reached a filter."""
+        _, ring_full = self.totals()
+        misses = self.recursion_misses()
+        return {name: {cause: count for cause, count in (("ring_full", ring_full[name]), ("recursion", misses))
+                       if count} for name in self.plan}
+
+    def detach(self) -> None:
+        """Stops tracing; what is in the ring can still be read."""
+        while self.links:
+            self.bpf.library.bpf_link__destroy(self.links.pop())
+
+    def close(self) -> None:
+        """Detaches and frees everything; can be called twice."""
+        self.detach()
+        if self.ring is not None:
+            self.epoll.close()
+            self.bpf.library.ring_buffer__free(self.ring)
+            self.ring = None
+        if self.object is not None:
+            self.bpf.library.bpf_object__close(self.object)
+            self.object = None
+
+
+def load_hint(error: OSError) -> str:
+    """The likely cause of a load failure."""
+    return {
+        errno.EPERM: ": a capability is missing, or the kernel is locked down",
+        errno.EACCES: ": its verifier did not accept a program",
+        errno.EINVAL: ": its verifier did not accept a program, or it lacks a feature of 5.15",
+        errno.ENOMEM: ": not enough memory; try a smaller --ring-size",
+        errno.ESRCH: ": its BTF lacks a type that the object needs",
+    }.get(error.errno or 0, "")
+
+
+# ======================================================================================================================
+# Main loop: the ring buffer, signals and the one-second tick in one select loop
+# ======================================================================================================================
+
+POLL_INTERVAL = 0.1  # seconds after which the ring is read although little is pending
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as a readable descriptor; a context manager for the main thread."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)  # as signal.set_wakeup_fd() demands
+
+    def __enter__(self) -> StopSignals:
+        self.old_handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.set_wakeup_fd(self.old_fd)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.reader.close()
+        self.writer.close()
+
+    def stop(self, number: int, frame: object) -> None:
+        self.stopped = True
+
+    def fileno(self) -> int:
+        return self.reader.fileno()
+
+
+def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[float], None],
+             stop: StopSignals, duration: Optional[float]) -> None:
+    """Hands over events and the time (Unix, seconds) until stopped; then detaches and hands over what is left."""
+    end = time.monotonic() + duration if duration is not None else float("inf")
+    with selectors.DefaultSelector() as selector:
+        selector.register(tracer, selectors.EVENT_READ)
+        selector.register(stop, selectors.EVENT_READ)
+        while not stop.stopped and time.monotonic() < end:
+            if not tracer.more:
+                now = time.time()
+                selector.select(max(0.0, min(POLL_INTERVAL, now // 1 + 1 - now, end - time.monotonic())))
+            handle(tracer.poll())
+            tracer.set_clock()
+            tick(time.time())
+    tracer.detach()
+    for event in tracer.drain():
+        handle([event])
+
+
+class Rates:
+    """Totals to per-second rates, for the status line."""
+
+    def __init__(self) -> None:
+        self.before: Dict[str, int] = {}
+
+    def format(self, totals: Mapping[str, int]) -> str:
+        """`matched 80124/s  passed 801/s  alerts 1/s  lost 0/s`."""
+        shown = "  ".join(f"{name} {count - self.before.get(name, 0)}/s" for name, count in totals.items())
+        self.before = dict(totals)
+        return shown
+
+
+class StatusLine:
+    """One line on a terminal's stderr, rewritten each second; nothing when stderr is no terminal."""
+
+    def __init__(self, totals: Callable[[], Mapping[str, int]]) -> None:
+        self.totals, self.rates = totals, Rates()
+        self.enabled = sys.stderr.isatty()
+        self.second = int(time.time())
+
+    def tick(self, now: float) -> None:
+        if self.enabled and int(now) != self.second:
+            self.second = int(now)
+            sys.stderr.write(f"{CLEAR_LINE}{self.rates.format(self.totals())}"[:120])
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self.enabled:
+            sys.stderr.write(CLEAR_LINE)
+            sys.stderr.flush()
+
+
+class Printer:
+    """Events to stdout, one line each; counts them per event type."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.accounts = {name: Account(name, name) for name in names}
+
+    def print_events(self, events: List[Event]) -> None:
+        """Raises BrokenPipeError when nobody reads any more."""
+        lines = []
+        for event in events:
+            account = self.accounts[event.name]
+            account.matched += 1
+            account.passed += 1
+            account.alerts += 1
+            account.delivered += 1
+            lines.append(format_event(resolve_path(event)) + "\n")
+        if lines:
+            sys.stdout.buffer.write("".join(lines).encode("utf-8", "backslashreplace"))
+            sys.stdout.buffer.flush()
+
+
+# ======================================================================================================================
+# Collector: the receiving end of a grpc channel
+# ======================================================================================================================
+
+
+class Received(NamedTuple):
+    """One line of the collector's table: who and what."""
+
+    host: str
+    event: str
+
+
+class Collector:
+    """Counts received Metrics per host and event name; its server runs in threads of grpcio."""
+
+    def __init__(self, address: str) -> None:
+        """Listens. Raises HostError without grpcio and TraceleftError when it cannot listen there."""
+        self.grpc = import_optional("grpc")
+        self.wire = build_wire()
+        self.lock = threading.Lock()
+        self.counts: Dict[Received, int] = collections.defaultdict(int)
+        self.alerts: Dict[Received, int] = collections.defaultdict(int)
+        futures = importlib.import_module("concurrent.futures")
+        self.server = self.grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        handler = self.grpc.stream_unary_rpc_method_handler(
+            self.process, request_deserializer=self.wire["Metric"].FromString,
+            response_serializer=lambda message: message.SerializeToString())
+        service, method = WIRE_METHOD[1:].split("/")
+        self.server.add_generic_rpc_handlers((self.grpc.method_handlers_generic_handler(service, {method: handler}),))
+        try:
+            self.port = self.server.add_insecure_port(address)
+        except RuntimeError:
+            self.port = 0
+        if not self.port:
+            raise TraceleftError(f"cannot listen on {address}: is the port taken? 'ss -ltnp' tells by whom; "
+                                 "--listen HOST:PORT takes another")
+        self.server.start()
+
+    def process(self, stream: Iterable[Any], context: Any) -> Any:
+        """The rpc: counts a stream's metrics once it is complete, since an incomplete one is sent again."""
+        metrics = list(stream)
+        with self.lock:
+            for metric in metrics:
+                key = Received(metric.Host or context.peer(), metric.CommonEvent.Name)
+                self.counts[key] += metric.Count
+                self.alerts[key] += 1
+        return self.wire["Empty"]()
+
+    def snapshot(self) -> Dict[Received, Tuple[int, int]]:
+        """Per host and event: (sum of Count, number of alerts)."""
+        with self.lock:
+            return {key: (self.counts[key], self.alerts[key]) for key in sorted(self.counts)}
+
+    def stop(self) -> None:
+        """Lets streams that are under way finish."""
+        self.server.stop(1.0).wait()
+
+
+def format_received(before: Mapping[Received, Tuple[int, int]], after: Mapping[Received, Tuple[int, int]],
+                    seconds: float) -> List[str]:
+    """One line per host and event that something came for."""
+    return [f"host {escape(key.host)} event {escape(key.event)} count {count - before.get(key, (0, 0))[0]} "
+            f"rate {(count - before.get(key, (0, 0))[0]) / seconds:.0f}/s total {count} alerts {alerts}"
+            for key, (count, alerts) in after.items() if (count, alerts) != before.get(key)]
+
+
+def run_collector(collector: Collector, stop: StopSignals, output: TextIO) -> None:
+    """Shows what is received each second until stopped, then the total."""
+    terminal = output.isatty()
+    before: Dict[Received, Tuple[int, int]] = {}
+    last = time.monotonic()
+    while not stop.stopped:
+        select.select([stop], [], [], 1.0)
+        now, after = time.monotonic(), collector.snapshot()
+        lines = format_received({} if terminal and stop.stopped else before, after, max(now - last, 0.001))
+        if terminal:
+            idle = [key for key in after if after[key] == before.get(key)]
+            lines += [f"host {escape(key.host)} event {escape(key.event)} count 0 rate 0/s total {after[key][0]} "
+                      f"alerts {after[key][1]}" for key in idle]
+            output.write("\x1b[H\x1b[J")
+        output.write("".join(line + "\n" for line in lines))
+        output.flush()
+        before, last = after, now
+    collector.stop()
+    totals = collector.snapshot()
+    hosts = len({key.host for key in totals})
+    output.write(f"total {sum(count for count, _ in totals.values())} in "
+                 f"{sum(alerts for _, alerts in totals.values())} alerts from {hosts} host(s)\n")
+    output.flush()
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+
+
+def command_trace(options: argparse.Namespace) -> int:
+    if options.spec is None and not options.selectors:
+        raise UsageError("trace needs --spec FILE or a selector, as in: traceleft.py trace open,close")
+    chosen = [parse_selector(text) for text in options.selectors]
+    spec = load_spec(options.spec) if options.spec is not None else None
+    plan = plan_spec(spec, chosen) if spec else plan_selectors(chosen)
+    for warning in spec.warnings if spec else ():
+        say(f"warning: {warning}")
+    with StopSignals() as stop:
+        tracer = Tracer(plan, options.ring_size, options.verbose)
+        try:
+            tracer.load()
+            with open_summary(options.summary) as summary:
+                if spec:
+                    return trace_spec(tracer, spec, stop, options, summary)
+                return trace_print(tracer, stop, options, summary)
+        finally:
+            tracer.close()
+
+
+class open_summary:
+    """The stream that --summary names, open before anything is attached; a context manager."""
+
+    def __init__(self, path: Optional[str]) -> None:
+        self.path, self.stream = path, None if path != "-" else sys.stdout
+
+    def __enter__(self) -> Optional[TextIO]:
+        if self.path is not None and self.stream is None:
+            try:
+                self.stream = Path(self.path).open("w", encoding="utf-8")
+            except OSError as error:
+                raise TraceleftError(f"cannot write --summary {escape(self.path)}: {error.strerror}") from None
+        return self.stream
+
+    def __exit__(self, *exception: object) -> None:
+        if self.stream is not None and self.stream is not sys.stdout:
+            self.stream.close()
+
+
+def say_ready(tracer: Tracer, what: str) -> None:
+    names = ", ".join(source.syscall.name for source in tracer.sources)
+    say(f"ready: {what}; attached to {names}")
+
+
+def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
+               summary: Optional[TextIO]) -> int:
+    """Runs a spec until stopped; everything is found valid by now."""
+    aggregator = Aggregator(spec, insecure=options.collector_insecure)
+    accounts = list(aggregator.accounts.values())
+    status = StatusLine(lambda: {
+        "matched": sum(account.matched for account in accounts), "passed": sum(account.passed for account in accounts),
+        "alerts": sum(account.alerts for account in accounts),
+        "lost": sum(sum(account.lost.values()) for account in accounts)})
+
+    def tick(now: float) -> None:
+        aggregator.tick(now)
+        status.tick(now)
+
+    def handle(events: List[Event]) -> None:
+        for event in events:
+            aggregator.add(event)
+
+    try:
+        aggregator.tick(time.time())
+        tracer.attach()
+        say_ready(tracer, f"{len(spec.filters)} filter{'s' if len(spec.filters) > 1 else ''}")
+        run_loop(tracer, handle, tick, stop, options.duration)
+        aggregator.flush(time.time())
+    finally:
+        aggregator.close()
+        status.clear()
+    return report(tracer, accounts, summary)
+
+
+def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace, summary: Optional[TextIO]) -> int:
+    """Prints every event until stopped, or until nobody reads."""
+    printer = Printer(tracer.plan)
+    tracer.attach()
+    say_ready(tracer, "printing every event")
+    try:
+        run_loop(tracer, printer.print_events, lambda now: None, stop, options.duration)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
+        tracer.detach()
+    return report(tracer, list(printer.accounts.values()), summary)
+
+
+def report(tracer: Tracer, accounts: List[Account], summary: Optional[TextIO]) -> int:
+    """Prints the accounting; returns the exit code. Raises BalanceError when it does not add up."""
+    unseen = tracer.unseen()
+    for account in accounts:
+        for cause, count in unseen[account.event].items() if account.event in unseen else ():
+            account.lose(cause, count)
+    result = summarize(accounts)
+    for line in format_accounting(accounts):
+        say(line)
+    if result["balanced"]:
+        say("balanced: matched = passed + folded, passed = delivered + lost")
+    if summary is not None:
+        json.dump(result, summary)
+        summary.write("\n")
+        summary.flush()
+    if not result["balanced"]:
+        raise BalanceError("the accounting does not add up: events were lost before the filters could count them; "
+                           "a larger --ring-size or fewer events help")
+    return 0
+
+
+def command_collect(options: argparse.Namespace) -> int:
+    try:
+        host, _ = parse_address(options.listen)
+    except ValueError as error:
+        raise UsageError(f"--listen: {error}") from None
+    with StopSignals() as stop:
+        collector = Collector(options.listen)
+        say(f"ready: listening on {options.listen.rpartition(':')[0]}:{collector.port}")
+        run_collector(collector, stop, sys.stdout)
+    return 0
+
+
+def command_check(options: argparse.Namespace) -> int:
+    code = 0
+    for path in options.specs:
+        try:
+            spec = load_spec(path)
+        except SpecError as error:
+            code = error.exit_code
+            sys.stdout.flush()
+            for text in error.errors:
+                say(text)
+            continue
+        for warning in spec.warnings:
+            say(f"{escape(path)}: warning: {warning}")
+        print(f"{escape(path)}: ok", flush=True)
+    return code
+
+
+def command_explain(options: argparse.Namespace) -> int:
+    """What runs where. In this version the kernel selects event types and processes; the rest is Python's."""
+    spec = load_spec(options.spec)
+    for warning in spec.warnings:
+        say(f"warning: {warning}")
+    for member in spec.filters:
+        names = ", ".join(syscall.name for syscall in syscalls_here(EVENT_TYPES[member.event]))
+        parameters = "; ".join(f"{name}={format_parameter(value)}" for name, value in member.parameters.items())
+        where = "every event matches" if member.rule is None else f"rule {member.rule_text.strip()!r}"
+        print(f"{escape(member.id)}: event {member.event}, channel {escape(member.channel)}\n"
+              f"  kernel: exit tracepoints of {names}; processes by selector; never the tracer's own events\n"
+              f"  python: {where}: every event of this type crosses the ring buffer, rules are not in the kernel yet\n"
+              f"  python: {member.processing} {parameters}; {member.metrics} as {member.format}")
+    return 0
+
+
+def format_parameter(value: Any) -> str:
+    return ",".join(member.name for member in value) if isinstance(value, tuple) else str(value)
+
+
+def command_events(options: argparse.Namespace) -> int:
+    for name in options.names:
+        if name not in EVENT_TYPES:
+            raise UsageError(f"unknown event '{escape(name)}'{suggest(name, EVENT_TYPES)}; "
+                             "'traceleft.py events' lists them")
+    for name in options.names or EVENT_NAMES:
+        event_type = EVENT_TYPES[name]
+        print(f"{name}({', '.join(argument.name for argument in event_type.arguments)})")
+        if options.names:
+            for index, argument in enumerate(event_type.arguments, 1):
+                kind = "text" if argument.type.is_text else "integer"
+                print(f"  arg{index}  {argument.name:10} {argument.type_name:8} {kind}")
+            print(f"  syscalls here: {', '.join(syscall.name for syscall in syscalls_here(event_type))}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors become UsageError, so that they look and exit like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+
+def parse_duration(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
+def parse_ring_size(text: str) -> int:
+    value = int(text)
+    if value < 4096 or value > 1 << 31 or value & (value - 1):
+        raise ValueError
+    return value
+
+
+parse_duration.__name__ = "number of seconds above 0"  # argparse names the type in its error
+parse_ring_size.__name__ = "power of two from 4096 to 2147483648"
+
+
+def build_parser() -> Parser:
+    examples = (__doc__ or "").partition("examples:")[2]
+    parser = Parser(prog="traceleft.py", description=(__doc__ or "").partition("\n")[0], epilog="examples:" + examples,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"traceleft.py {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    trace = commands.add_parser("trace", help="trace this host, as a spec says or printing every event",
+                                allow_abbrev=False, epilog=EXIT_CODES,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    trace.add_argument("selectors", nargs="*", metavar="SELECTOR",
+                       help="[[PROGRAM_ID:]PID[,PID...]:]EVENT[,EVENT...]; without PID, or with PID 0, every process")
+    trace.add_argument("--spec", "--aggregation-spec", metavar="FILE", help="aggregation spec (JSON)")
+    trace.add_argument("--duration", type=parse_duration, metavar="SECONDS", help="stop after this time")
+    trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
+    trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
+    trace.add_argument("--ring-size", type=parse_ring_size, default=DEFAULT_RING_BYTES, metavar="BYTES",
+                       help=f"ring buffer, a power of two (default {DEFAULT_RING_BYTES})")
+    trace.add_argument("-v", "--verbose", action="store_true", help="show libbpf's log")
+    trace.set_defaults(run=command_trace)
+
+    collect = commands.add_parser("collect", help="receive what grpc channels send", allow_abbrev=False)
+    collect.add_argument("--listen", default="127.0.0.1:50051", metavar="HOST:PORT",
+                         help="where to listen, without TLS (default %(default)s; port 0 takes a free one)")
+    collect.set_defaults(run=command_collect)
+
+    check = commands.add_parser("check", help="validate specs", allow_abbrev=False)
+    check.add_argument("specs", nargs="+", metavar="SPEC")
+    check.set_defaults(run=command_check)
+
+    explain = commands.add_parser("explain", help="say per filter what runs in the kernel and what does not",
+                                  allow_abbrev=False)
+    explain.add_argument("spec", metavar="SPEC")
+    explain.set_defaults(run=command_explain)
+
+    events = commands.add_parser("events", help="list event types and their arguments", allow_abbrev=False)
+    events.add_argument("names", nargs="*", metavar="NAME")
+    events.set_defaults(run=command_events)
+    return parser
+
+
+EXIT_CODES = """exit codes:
+  0  done
+  1  runtime failure
+  2  usage or invalid spec
+  3  missing privilege, library, kernel feature or optional package
+  4  the accounting did not add up"""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Runs one command; returns the exit code."""
+    try:
+        options = build_parser().parse_args(argv)
+        code: int = options.run(options)
+        return code
+    except SpecError as error:
+        for text in error.errors:
+            say(text)
+        return error.exit_code
+    except TraceleftError as error:
+        say(str(error))
+        return error.exit_code
+    except BrokenPipeError:  # of `events | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        say(str(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
