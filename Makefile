@@ -16,7 +16,7 @@ BPF_SOURCE := bpf/traceleft.bpf.c
 BPF_CFLAGS := -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -fdebug-compilation-dir=.
 
 RUN_PACKAGES  := python3 libbpf1
-TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool gcc libc6-dev util-linux procps iproute2 openssl
+TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl
 
 help: ## show this list
 	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,7 +24,7 @@ help: ## show this list
 run: install-run ## trace this host with SPEC (default spec/aggregator-spec.json) until Ctrl-C
 	$(Q)exec ./traceleft.py trace --spec $(SPEC) $(OPTIONS)
 
-demo: $(VENV)/ok install-test ## collector, tracer and a loop that opens /tmp/a.txt for ten seconds
+demo: $(VENV)/ok install-test ## collector, tracer and a shell loop that opens a file for ten seconds
 	$(Q)PYTHON=$(PYTHON) ./bench/demo.sh
 
 test: $(VENV)/ok install-test lint bpf-check ## run every test, live ones included
@@ -64,7 +64,16 @@ $(VENV)/ok: pyproject.toml | install-test
 	$(Q)$(PYTHON) -m pip install -q --disable-pip-version-check --group test
 	$(Q)touch $@
 
+bpf-stats: $(VENV)/ok install-test ## what the verifier says of each program: instructions, load time
+	$(Q)$(PYTHON) bench/bpf_stats.py
+
+bench: $(VENV)/ok install-test ## measure against peers (about ten minutes); writes bench/RESULTS.md
+	$(Q)$(PYTHON) bench/bench.py $(BENCH_OPTIONS)
+
+bench-setup: ## install the peers that bench compares with
+	$(Q)$(call install_missing,bpftrace libbpf-tools strace linux-perf)
+
 clean: ## remove what make has built, but not the BPF object
 	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__
 
-.PHONY: help run demo test lint bpf bpf-check install-run install-test clean
+.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup install-run install-test clean

@@ -13,6 +13,13 @@ examples:
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take a tenth of a second: a signal by then finds nothing to undo
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda *_: os._exit(0))
+
 import argparse
 import ast
 import collections
@@ -22,28 +29,32 @@ import datetime
 import difflib
 import errno
 import fnmatch
-import hashlib
 import importlib
 import itertools
 import json
 import operator
-import os
 import platform
 import re
 import selectors
 import select
-import signal
+import shutil
 import socket
 import stat
 import struct
 import sys
 import threading
 import time
+import uuid
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+
+try:
+    from _blake2 import blake2b  # hashlib has the same, but loads OpenSSL with it: 3 MB
+except ImportError:
+    from hashlib import blake2b
 
 VERSION = "0.1.0"
 
@@ -53,9 +64,13 @@ VERSION = "0.1.0"
 
 
 class TraceleftError(Exception):
-    """Something failed at run time. `str()` is one line that says what to do."""
+    """Something failed at run time. `errors` are lines that say what to do, one for each thing that is wrong."""
 
     exit_code = 1
+
+    def __init__(self, *errors: str) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
 
 
 class UsageError(TraceleftError):
@@ -66,10 +81,6 @@ class UsageError(TraceleftError):
 
 class SpecError(UsageError):
     """An aggregation spec is invalid; `errors` has one text per error found, the whole spec having been read."""
-
-    def __init__(self, errors: Sequence[str]) -> None:
-        super().__init__("\n".join(errors))
-        self.errors = list(errors)
 
 
 class RuleError(UsageError):
@@ -109,7 +120,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 # enum argument_kind in bpf/traceleft.h
 (KIND_NONE, KIND_SIGNED, KIND_UNSIGNED, KIND_CONSTANT, KIND_MEMORY,
- KIND_STRING, KIND_BUFFER_IN, KIND_BUFFER_OUT, KIND_FD) = range(9)
+ KIND_STRING, KIND_BUFFER_IN, KIND_BUFFER_OUT, KIND_FD, KIND_DFD) = range(10)
 MAX_ARGS = 6
 AT_FDCWD = -100  # include/uapi/linux/fcntl.h
 
@@ -120,6 +131,7 @@ class ArgumentType(NamedTuple):
     kind: int
     bits: int  # width of the C type in the syscall's prototype; the rest of its register is undefined
     wire: str  # protobuf scalar type in the wire contract
+    is_descriptor: bool = False  # printed with the path of its file
 
     @property
     def is_text(self) -> bool:
@@ -129,7 +141,7 @@ class ArgumentType(NamedTuple):
     @property
     def is_signed(self) -> bool:
         """Whether the value is a signed 64-bit integer, and not an unsigned one."""
-        return self.kind in (KIND_SIGNED, KIND_FD)
+        return self.kind in (KIND_SIGNED, KIND_FD, KIND_DFD)
 
 
 ARGUMENT_TYPES: Dict[str, ArgumentType] = {
@@ -138,8 +150,9 @@ ARGUMENT_TYPES: Dict[str, ArgumentType] = {
     "mode":     ArgumentType(KIND_UNSIGNED,   16, "uint64"),  # umode_t
     "id":       ArgumentType(KIND_UNSIGNED,   32, "uint32"),  # uid_t, gid_t
     "size":     ArgumentType(KIND_UNSIGNED,   64, "int64"),   # size_t
-    "fd":       ArgumentType(KIND_FD,         32, "uint64"),  # unsigned int, an int to libc
-    "dfd":      ArgumentType(KIND_FD,         32, "int64"),   # int: a directory's descriptor or AT_FDCWD
+    "fd":       ArgumentType(KIND_FD,         32, "uint64", True),  # unsigned int, an int to libc
+    "closed":   ArgumentType(KIND_SIGNED,     32, "uint64", True),  # the same, free at exit: another file's by then
+    "dfd":      ArgumentType(KIND_DFD,        32, "int64", True),   # int: a directory's descriptor or AT_FDCWD
     "string":   ArgumentType(KIND_STRING,      0, "bytes"),   # const char *
     "written":  ArgumentType(KIND_BUFFER_IN,   0, "bytes"),   # const void *, as long as the argument `count`
     "filled":   ArgumentType(KIND_BUFFER_OUT,  0, "bytes"),   # void *, as long as the return value
@@ -147,19 +160,14 @@ ARGUMENT_TYPES: Dict[str, ArgumentType] = {
 
 
 class Argument(NamedTuple):
-    """One named argument of an event type."""
+    """One named argument of an event type. What follows from name and type stands here too: it is read per event."""
 
     name: str
     type_name: str
-
-    @property
-    def type(self) -> ArgumentType:
-        return ARGUMENT_TYPES[self.type_name]
-
-    @property
-    def label(self) -> str:
-        """The name as it is printed: CamelCase."""
-        return camel_case(self.name)
+    type: ArgumentType
+    label: str  # the name as it is printed: CamelCase
+    is_text: bool
+    is_signed: bool
 
 
 class Syscall(NamedTuple):
@@ -205,8 +213,12 @@ def parse_event_row(name: str, metric_field: int, arguments: str, syscalls: str)
         match = re.fullmatch(r"(\w+)([?!~]?):(\S+)", word)
         assert match, word
         parsed.append(Syscall(match[1], tuple(match[3].split(",")), match[2]))
-    names = tuple(Argument(*word.split(":")) for word in arguments.split())
-    return EventType(name, names, tuple(parsed), metric_field)
+    named = []
+    for word in arguments.split():
+        argument, type_name = word.split(":")
+        kind = ARGUMENT_TYPES[type_name]
+        named.append(Argument(argument, type_name, kind, camel_case(argument), kind.is_text, kind.is_signed))
+    return EventType(name, tuple(named), tuple(parsed), metric_field)
 
 
 # Per syscall: NAME PRESENCE : for each argument of the event, where it is found (class Syscall says how to read it).
@@ -214,7 +226,7 @@ EVENT_ROWS = (
     # name     Metric  arguments                                               syscalls
     ("open",     14, "filename:string flags:int mode:mode",
      "open?:0,1,2 creat?:0,=577,1 openat:1,2,3 openat2:1,*2+0,*2+8"),          # 577: O_CREAT|O_WRONLY|O_TRUNC
-    ("close",     7, "fd:fd",                                                "close:0"),
+    ("close",     7, "fd:closed",                                            "close:0"),
     ("read",     15, "fd:fd buf:filled count:size",                          "read:0,1,2"),
     ("write",    16, "fd:fd buf:written count:size",                         "write:0,1,2"),
     ("mkdir",    12, "pathname:string mode:mode",                            "mkdir?:0,1 mkdirat!:1,2"),
@@ -260,10 +272,10 @@ def syscalls_here(event_type: EventType) -> List[Syscall]:
 HEADER_FIELDS = (
     ("timestamp_ns", "Q"), ("ret", "q"), ("program_id", "Q"), ("args", "6Q"), ("file_inode", "Q"), ("file_device", "I"),
     ("pid", "I"), ("tid", "I"), ("ppid", "I"), ("uid", "I"), ("gid", "I"), ("event", "H"), ("flags", "H"),
-    ("version", "I"), ("comm", "16s"),
+    ("version", "I"), ("filter", "I"), ("tick", "I"), ("comm", "16s"),
 )
 HEADER = struct.Struct("=" + "".join(code for _, code in HEADER_FIELDS))
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 INCOMPLETE_MASK = (1 << MAX_ARGS) - 1  # enum event_flags: bit N is argument N
 FLAG_CONTAINER = 1 << 8
 FLAG_HAS_FILE = 1 << 9
@@ -308,12 +320,12 @@ class Event(NamedTuple):
     def hash(self) -> int:
         """64 bits over event type, program id, pid, ret and the arguments other than buffers, equal on every host."""
         packed = [self.name.encode(), struct.pack("<QQq", self.program_id, self.pid, self.ret)]
-        for argument, value in zip(self.type.arguments, self.args):
+        for argument, value in zip(EVENT_TYPES[self.name].arguments, self.args):
             if isinstance(value, int):
-                packed.append(struct.pack("<Q", value & 0xFFFF_FFFF_FFFF_FFFF))
+                packed.append((value & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little"))
             elif argument.type.kind == KIND_STRING:
                 packed.append(encode_text(value) + b"\0")
-        return int.from_bytes(hashlib.blake2b(b"\0".join(packed), digest_size=8).digest(), "little")
+        return int.from_bytes(blake2b(b"\0".join(packed), digest_size=8).digest(), "little")
 
 
 def decode_text(data: bytes) -> str:
@@ -348,19 +360,17 @@ def decode_record(record: bytes, clock_offset_ns: int = 0) -> Event:
     Raises TraceleftError when the record is of another version than this script.
     """
     (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, inode, device,
-     pid, tid, ppid, uid, gid, event_id, flags, version, comm) = HEADER.unpack_from(record)
+     pid, tid, ppid, uid, gid, event_id, flags, version, _filter, _tick, comm) = HEADER.unpack_from(record)
     if version != RECORD_VERSION:
         raise TraceleftError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
     name = EVENT_NAMES[event_id]
-    position = HEADER.size
     args: List[Value] = []
     for raw, argument in zip((a0, a1, a2, a3, a4, a5), EVENT_TYPES[name].arguments):
-        kind = ARGUMENT_TYPES[argument.type_name]
-        if kind.is_text:
-            args.append(record[position:position + raw].decode("utf-8", "surrogateescape"))
-            position += raw
+        if argument.is_text:
+            begin = HEADER.size + (raw >> 32)
+            args.append(record[begin:begin + (raw & 0xFFFF_FFFF)].decode("utf-8", "surrogateescape"))
         else:
-            args.append(raw - (1 << 64) if raw >> 63 and kind.is_signed else raw)
+            args.append(raw - (1 << 64) if raw >> 63 and argument.is_signed else raw)
     file = (inode, os.makedev(device >> 20, device & 0xFFFFF)) if flags & FLAG_HAS_FILE else None
     return Event(name, tuple(args), ret, timestamp_ns + clock_offset_ns, pid, tid, ppid, uid, gid,
                  comm.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), program_id,
@@ -371,8 +381,9 @@ def resolve_path(event: Event) -> Event:
     """The event with the path behind its descriptor, where /proc still shows the very file that the kernel used."""
     if event.file is None or event.path is not None:
         return event
-    descriptor = next(v for a, v in zip(event.type.arguments, event.args) if a.type.kind == KIND_FD)
-    link = f"/proc/{event.pid}/cwd" if descriptor == AT_FDCWD else f"/proc/{event.pid}/fd/{descriptor}"
+    argument, descriptor = next((a, v) for a, v in zip(event.type.arguments, event.args) if a.type.is_descriptor)
+    is_cwd = argument.type.kind == KIND_DFD and descriptor == AT_FDCWD
+    link = f"/proc/{event.pid}/cwd" if is_cwd else f"/proc/{event.pid}/fd/{descriptor}"
     try:
         path, status = os.readlink(link), os.stat(link)
     except OSError:
@@ -401,7 +412,7 @@ def escape_character(c: str) -> str:
 
 def escape(text: str, also: str = "") -> str:
     """`text` on one line, with nothing in it that a terminal acts on; the characters of `also` become \\xNN."""
-    if text.isprintable() and not any(c in text for c in '"\\' + also):
+    if text.isprintable() and '"' not in text and "\\" not in text and not (also and any(c in text for c in also)):
         return text
     return "".join(f"\\x{ord(c):02x}" if c in also else escape_character(c) for c in text)
 
@@ -409,14 +420,16 @@ def escape(text: str, also: str = "") -> str:
 def format_args(event: Event) -> str:
     """`Filename "/tmp/a.txt" Flags 577 Mode 438`."""
     words = []
-    for index, (argument, value) in enumerate(zip(event.type.arguments, event.args)):
+    for argument, value in zip(EVENT_TYPES[event.name].arguments, event.args):
         if isinstance(value, str):
-            shown = f'"{escape(value)}"'
-        elif argument.type.kind == KIND_FD:
-            shown = f"{value}<{escape(event.path, '<>') if event.path is not None else 'unknown'}>"
+            words.append(f'{argument.label} "{escape(value)}"')
+        elif argument.type.is_descriptor:
+            path = "unknown" if event.path is None else escape(event.path, "<>")
+            words.append(f"{argument.label} {value}<{path}>")
         else:
-            shown = str(value)
-        words.append(f"{argument.label} {shown}" + (" [incomplete]" if event.incomplete >> index & 1 else ""))
+            words.append(f"{argument.label} {value}")
+    if event.incomplete:
+        words = [word + " [incomplete]" if event.incomplete >> i & 1 else word for i, word in enumerate(words)]
     return " ".join(words)
 
 
@@ -452,6 +465,7 @@ class Field:
     name: str
     index: int
     is_text: bool
+    is_signed: bool = False
 
     def getter(self) -> Getter:
         if self.index < 0:
@@ -618,13 +632,14 @@ def syntax_error(source: str, error: SyntaxError) -> RuleError:
 
 def symbols() -> Dict[str, int]:
     """Names such as O_CREAT, ENOENT and AF_INET with their values on this machine, from the standard library."""
-    found = {"AT_FDCWD": AT_FDCWD, "AT_SYMLINK_NOFOLLOW": 0x100, "AT_REMOVEDIR": 0x200, "AT_SYMLINK_FOLLOW": 0x400,
-             "AT_NO_AUTOMOUNT": 0x800, "AT_EMPTY_PATH": 0x1000}  # include/uapi/linux/fcntl.h
-    for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_"), (socket, "SOCK_"), (signal, "SIG[^_]")):
+    found = {  # include/uapi/linux/fcntl.h, and what the others have under another name only
+        "AT_FDCWD": AT_FDCWD, "AT_SYMLINK_NOFOLLOW": 0x100, "AT_EACCESS": 0x200, "AT_REMOVEDIR": 0x200,
+        "AT_SYMLINK_FOLLOW": 0x400, "AT_NO_AUTOMOUNT": 0x800, "AT_EMPTY_PATH": 0x1000, "AF_LOCAL": socket.AF_UNIX}
+    for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_"), (socket, "SOCK_"), (signal, "SIG[^_]"),
+                            (errno, "E[A-Z0-9]+$")):
         for name in dir(module):
             if re.match(pattern, name) and isinstance(getattr(module, name), int):
                 found[name] = int(getattr(module, name))
-    found.update((name, number) for number, name in errno.errorcode.items())
     return found
 
 
@@ -633,9 +648,10 @@ SYMBOLS = symbols()
 
 def event_fields(event_type: EventType) -> Dict[str, Field]:
     """Every field that a rule on this event type can name."""
-    fields = {name: Field(name, -1, is_text) for name, is_text in COMMON_FIELDS.items()}
+    fields = {name: Field(name, -1, is_text, name == "ret") for name, is_text in COMMON_FIELDS.items()}
     for index, argument in enumerate(event_type.arguments):
-        fields[argument.name] = fields[f"arg{index + 1}"] = Field(argument.name, index, argument.type.is_text)
+        kind = argument.type
+        fields[argument.name] = fields[f"arg{index + 1}"] = Field(argument.name, index, kind.is_text, kind.is_signed)
     return fields
 
 
@@ -1048,7 +1064,8 @@ RULE_FUNCTIONS = tuple(TEXT_TESTS)
 # Processing functions: which of the matched events pass. Another one is one class here
 # ======================================================================================================================
 
-MAX_GROUPS = 16384  # distinct `by` values of one filter; what comes later is counted together, as the group `other`
+MAX_GROUPS = 16384       # distinct `by` values of one filter; what comes later is counted together, as `other`
+MAX_ALL_GROUPS = 262144  # of all filters
 MAX_COUNT = (1 << 63) - 1
 
 
@@ -1098,18 +1115,21 @@ class Sigma:
         "by": Parameter((), parse_by),
     }
 
-    def __init__(self, frequency: int = 1, threshold: int = 0, by: Tuple[Field, ...] = ()) -> None:
-        self.frequency, self.threshold, self.by = max(frequency, 1), threshold, by
+    def __init__(self, frequency: int = 1, threshold: int = 0, by: Tuple[Field, ...] = (),
+                 max_groups: int = MAX_GROUPS, event_time: bool = False) -> None:
+        """With `event_time` an event's second is that of its timestamp, else it is the one between two ticks."""
+        self.frequency, self.threshold, self.max_groups = max(frequency, 1), threshold, max_groups
+        self.event_time = event_time
         self.getters = [member.getter() for member in by]
         self.groups: Dict[Tuple[Value, ...], Group] = {}
-        self.other: Optional[Group] = None  # all groups beyond MAX_GROUPS
+        self.other: Optional[Group] = None  # all groups beyond max_groups
         self.second = 0
 
     def group(self, event: Event) -> Group:
         key = tuple([get(event) for get in self.getters])
         group = self.groups.get(key)
         if group is None:
-            if len(self.groups) < MAX_GROUPS:
+            if len(self.groups) < self.max_groups:
                 group = self.groups[key] = Group()
             else:
                 group = self.other = self.other or Group()
@@ -1118,8 +1138,9 @@ class Sigma:
     def passes(self, event: Event) -> bool:
         """Counts a matched event and says whether it passes."""
         group = self.group(event)
-        if group.second != self.second:
-            group.second, group.received = self.second, 0
+        second = event.timestamp_ns // 1_000_000_000 if self.event_time else self.second
+        if group.second < second:
+            group.second, group.received = second, 0
         group.received += 1
         if group.received <= self.threshold:
             return False
@@ -1151,7 +1172,7 @@ class Alert:
     count: int
     matched: int
     lost: int
-    sample: Event
+    sample: Optional[Event]  # None when the ring buffer had no room for it
 
 
 class AlertsPerSec:
@@ -1163,16 +1184,16 @@ class AlertsPerSec:
         self.matched = self.passed = 0
         self.sample: Optional[Event] = None
 
-    def add(self, event: Event, passed: bool) -> None:
-        self.matched += 1
-        if passed:
-            self.passed += 1
-            if self.sample is None:
-                self.sample = resolve_path(event)
+    def add(self, matched: int, passed: int, sample: Optional[Event]) -> None:
+        """Some events, and one of those that passed."""
+        self.matched += matched
+        self.passed += passed
+        if self.sample is None and sample is not None:
+            self.sample = resolve_path(sample)
 
     def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
         """The alert of the second that ends, if any; `lost` as in Alert."""
-        alert = Alert(filter, now, self.passed, self.matched, lost, self.sample) if self.sample is not None else None
+        alert = Alert(filter, now, self.passed, self.matched, lost, self.sample) if self.passed else None
         self.matched = self.passed = 0
         self.sample = None
         return alert
@@ -1224,6 +1245,10 @@ class Spec:
     warnings: Tuple[str, ...] = ()
 
     @property
+    def ids(self) -> List[str]:
+        return [member.id for member in self.filters]
+
+    @property
     def used_channels(self) -> List[ChannelSpec]:
         used = {member.channel for member in self.filters}
         return [channel for channel in self.channels if channel.id in used]
@@ -1236,11 +1261,11 @@ def load_spec(path: Union[str, os.PathLike[str]]) -> Spec:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SpecError([f"{name}: cannot read the spec: {reason}"]) from None
+        raise SpecError(f"{name}: cannot read the spec: {reason}") from None
     try:
         return parse_spec(parse_json(data))
     except SpecError as error:
-        raise SpecError([f"{name}: {text}" for text in error.errors]) from None
+        raise SpecError(*(f"{name}: {text}" for text in error.errors)) from None
 
 
 def parse_json(data: bytes) -> Any:
@@ -1248,17 +1273,17 @@ def parse_json(data: bytes) -> Any:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise SpecError([f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}"]) from None
+        raise SpecError(f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
     if not text.strip():
-        raise SpecError(["the file is empty; a spec is a JSON object with 'channels' and 'events'"])
+        raise SpecError("the file is empty; a spec is a JSON object with 'channels' and 'events'")
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise SpecError([f"not JSON: line {error.lineno} column {error.colno}: {error.msg}"]) from None
+        raise SpecError(f"not JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise SpecError(["not a spec: nested too deeply"]) from None
+        raise SpecError("not a spec: nested too deeply") from None
     except ValueError as error:  # refuse_constant, and integers of thousands of digits
-        raise SpecError([f"not JSON: {str(error).split(';')[0]}"]) from None
+        raise SpecError(f"not JSON: {str(error).split(';')[0]}") from None
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -1305,11 +1330,13 @@ class SpecParser:
         filters = [self.filter(item, i, known, len(known) == len(channels)) for i, item in enumerate(events)]
         self.unique("events", [member.id if member else None for member in filters])
         if self.errors:
-            raise SpecError(self.errors)
+            raise SpecError(*self.errors)
         spec = Spec(tuple(c for c in channels if c), tuple(f for f in filters if f))
         unused = set(known) - {channel.id for channel in spec.used_channels}
         self.warnings += [f"channel '{escape(name)}' is used by no filter and is not opened" for name in known
                           if name in unused]
+        self.warnings += [f"events[{i}].rule can never be true: {escape(member.rule_text)}"
+                          for i, member in enumerate(spec.filters) if rule_rows(member.rule) == Rows([])]
         return Spec(spec.channels, spec.filters, tuple(self.warnings))
 
     def object(self, value: Any, path: str, required: Dict[str, type], optional: Dict[str, type]) -> Dict[str, Any]:
@@ -1416,7 +1443,8 @@ class SpecParser:
         """`frequency=100;threshold=0` as a dict of all the function's parameters."""
         known = PROCESSING[function].parameters
         values: Dict[str, Any] = {}
-        for part in text.split(";") if text.strip() else []:
+        parts = text.split(";")
+        for part in parts if parts[-1].strip() else parts[:-1]:  # a `;` at the end is no mistake
             name, equals, value = (word.strip() for word in part.partition("="))
             if not equals:
                 self.error(path, f"expected NAME=VALUE, not '{escape(part)}'")
@@ -1460,6 +1488,509 @@ def parse_address(text: str) -> Tuple[str, int]:
     if not match or int(match[2]) > 65535:
         raise ValueError(f"expected HOST:PORT, as in localhost:50051, not '{escape(text)}'")
     return match[1].strip("[]"), int(match[2])
+
+
+# ======================================================================================================================
+# Kernel tables: the spec's rules and counters as what the BPF program evaluates at the tracepoint
+# ======================================================================================================================
+
+# enum field, enum dimension_kind, enum filter_flags and enum limits in bpf/traceleft.h
+FIELD_RET = MAX_ARGS
+KERNEL_FIELDS: Dict[str, int] = {name: FIELD_RET + index for index, name in enumerate(
+    ("ret", "pid", "tid", "ppid", "uid", "gid", "program_id", "comm"))}
+FIELD_TIME = FIELD_RET + 8
+DIMENSION_INTEGER, DIMENSION_WHOLE, DIMENSION_PREFIX, DIMENSION_SUFFIX = range(4)
+FILTER_STREAM = 1
+MAX_DIMENSIONS = 32
+MAX_WORDS = 17                # MAX_FILTERS rows, and room for the stream of those that Python evaluates
+MAX_ROWS = 64 * MAX_WORDS     # of all filters of one event type
+MAX_FILTER_ROWS = 64          # of one filter: a rule that needs more is left to Python
+MAX_TEXT = 4096               # bytes of a text that the kernel side captures: PATH_MAX
+MASK64 = (1 << 64) - 1
+SIGN64 = 1 << 63
+
+# struct dimension, the begin of struct matcher, struct vector, struct text_key, struct text and struct filter
+DIMENSION = struct.Struct("=BBHIIIIIQQ")
+MATCHER = struct.Struct("=IIIIII")
+VECTOR_SIZE = 8 * MAX_WORDS
+TEXT_KEY = struct.Struct("=IIQ")
+TEXT = struct.Struct("=II")
+FILTER = struct.Struct("=QQIII14s14s")
+
+
+class Dimension(NamedTuple):
+    """One look-up of an event: `(value & and_mask) ^ xor_mask` among ranges, or a text (or a part of it) in a set."""
+
+    kind: int
+    field: int       # enum field
+    length: int = 0  # bytes of a prefix or suffix
+    and_mask: int = 0
+    xor_mask: int = 0
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """A set of unsigned 64-bit integers, as disjoint ascending (first, last) with gaps between them."""
+
+    ranges: Tuple[Tuple[int, int], ...]
+
+    @staticmethod
+    def of(pairs: Iterable[Tuple[int, int]]) -> Ranges:
+        """The union of (first, last), of which those with first > last are empty."""
+        merged: List[Tuple[int, int]] = []
+        for first, last in sorted((max(first, 0), min(last, MASK64)) for first, last in pairs):
+            if first > last:
+                continue
+            if merged and first <= merged[-1][1] + 1:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], last))
+            else:
+                merged.append((first, last))
+        return Ranges(tuple(merged))
+
+    def __invert__(self) -> Ranges:
+        edges = [-1, *itertools.chain.from_iterable(self.ranges), MASK64 + 1]
+        return Ranges.of((before + 1, after - 1) for before, after in zip(edges[::2], edges[1::2]))
+
+    def __or__(self, other: Ranges) -> Ranges:
+        return Ranges.of((*self.ranges, *other.ranges))
+
+    def __and__(self, other: Ranges) -> Ranges:
+        return ~(~self | ~other)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.ranges
+
+    @property
+    def is_full(self) -> bool:
+        return self.ranges == ((0, MASK64),)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A set of texts: these, or with `all_but` all but these."""
+
+    texts: FrozenSet[bytes]
+    all_but: bool = False
+
+    def __invert__(self) -> Texts:
+        return Texts(self.texts, not self.all_but)
+
+    def __and__(self, other: Texts) -> Texts:
+        if self.all_but and other.all_but:
+            return Texts(self.texts | other.texts, True)
+        if self.all_but:
+            return Texts(other.texts - self.texts)
+        return Texts(self.texts - other.texts if other.all_but else self.texts & other.texts)
+
+    def __or__(self, other: Texts) -> Texts:
+        return ~(~self & ~other)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.texts and not self.all_but
+
+    @property
+    def is_full(self) -> bool:
+        return not self.texts and self.all_but
+
+
+Constraint = Union[Ranges, Texts]
+Row = Dict[Dimension, Constraint]  # a conjunction; an empty one is always true
+
+
+class Rows(NamedTuple):
+    """A rule as a disjunction of rows. `reasons` say what the kernel cannot decide; then they let too much through."""
+
+    rows: List[Row]
+    reasons: Tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        return not self.reasons
+
+
+EVERYTHING: List[Row] = [{}]
+
+
+def rule_rows(node: Optional[Condition], negate: bool = False) -> Rows:
+    """The rows of a rule, or of its negation."""
+    if node is None:
+        return Rows(EVERYTHING)
+    if isinstance(node, Not):
+        return rule_rows(node.operand, not negate)
+    if isinstance(node, (And, Or)):
+        parts = [rule_rows(operand, negate) for operand in node.operands]
+        return all_of(parts) if isinstance(node, And) != negate else any_of(parts)
+    if isinstance(node, Compare):
+        found = compare_constraint(node)
+    elif isinstance(node, IsIn):
+        found = membership_constraint(node)
+    else:
+        return text_rows(node, negate)
+    if found is None:
+        what = "text fields" if isinstance(node, Compare) and is_text(node.left) else "integers that are not constant"
+        return Rows(EVERYTHING, (f"a comparison of two {what}",))
+    dimension, constraint = found
+    return Rows(simplify({dimension: ~constraint if negate else constraint}))
+
+
+def simplify(row: Row) -> List[Row]:
+    """[row] without what is always true, or [] when it is never true."""
+    if any(constraint.is_empty for constraint in row.values()):
+        return []
+    return [{dimension: constraint for dimension, constraint in row.items() if not constraint.is_full}]
+
+
+def both(a: Row, b: Row) -> List[Row]:
+    """The conjunction of two rows."""
+    row = dict(a)
+    for dimension, constraint in b.items():
+        row[dimension] = row[dimension] & constraint if dimension in row else constraint  # type: ignore[operator]
+    return simplify(row)
+
+
+def all_of(parts: Sequence[Rows]) -> Rows:
+    """The conjunction of disjunctions, multiplied out."""
+    rows = EVERYTHING
+    reasons = tuple(itertools.chain.from_iterable(part.reasons for part in parts))
+    for part in parts:
+        product = unite(itertools.chain.from_iterable(both(a, b) for a in rows for b in part.rows))
+        if len(product) > MAX_FILTER_ROWS:  # leaving a condition out lets too much through, and is sound
+            reasons += (f"alternatives that multiply to more than {MAX_FILTER_ROWS}",)
+        else:
+            rows = product
+    return Rows(rows, reasons)
+
+
+def any_of(parts: Sequence[Rows]) -> Rows:
+    rows = unite(itertools.chain.from_iterable(part.rows for part in parts))
+    reasons = tuple(itertools.chain.from_iterable(part.reasons for part in parts))
+    if len(rows) > MAX_FILTER_ROWS:
+        return Rows(EVERYTHING, (*reasons, f"more than {MAX_FILTER_ROWS} alternatives"))
+    return Rows(rows, reasons)
+
+
+def unite(rows: Iterable[Row]) -> List[Row]:
+    """The rows without repetitions, those on one and the same dimension as one."""
+    united: Dict[Any, Row] = {}
+    for row in rows:
+        if not row:
+            return EVERYTHING
+        key = next(iter(row)) if len(row) == 1 else frozenset(row.items())
+        if key in united and len(row) == 1:
+            (dimension, constraint), = row.items()
+            row = {dimension: united[key][dimension] | constraint}  # type: ignore[operator]
+            if row[dimension].is_full:
+                return EVERYTHING
+        united[key] = row
+    return list(united.values())
+
+
+def kernel_field(member: Field) -> int:
+    return member.index if member.index >= 0 else KERNEL_FIELDS[member.name]
+
+
+class BitFunction(NamedTuple):
+    """(field & and_mask) ^ xor_mask, on two's complement of unlimited width: what & | ^ ~ with constants amount to."""
+
+    field: Optional[Field]
+    and_mask: int
+    xor_mask: int
+
+
+def bit_function(node: IntExpr) -> Optional[BitFunction]:
+    """The node as a BitFunction of at most one field; None when it has two."""
+    if isinstance(node, Const):
+        return BitFunction(None, 0, node.value)
+    if isinstance(node, Field):
+        return BitFunction(node, -1 if node.is_signed else MASK64, 0)
+    if isinstance(node, Invert):
+        inner = bit_function(node.operand)
+        return inner and inner._replace(xor_mask=~inner.xor_mask)
+    left, right = bit_function(node.left), bit_function(node.right)
+    if left is None or right is None or left.field and right.field:
+        return None
+    inner, constant = (left, right.xor_mask) if left.field else (right, left.xor_mask)
+    if node.op == "&":
+        return BitFunction(inner.field, inner.and_mask & constant, inner.xor_mask & constant)
+    if node.op == "|":
+        return BitFunction(inner.field, inner.and_mask & ~constant, inner.xor_mask & ~constant ^ constant)
+    return inner._replace(xor_mask=inner.xor_mask ^ constant)
+
+
+def integer_dimension(node: IntExpr) -> Optional[Tuple[Dimension, int]]:
+    """The dimension of an expression, and the value that its key 0 stands for: keys are in the values' order."""
+    function = bit_function(node)
+    if function is None or function.field is None:
+        return None
+    _, and_mask, xor_mask = function
+    bias, base = 0, 0 if xor_mask >= 0 else -1 << 64
+    if and_mask < 0:  # the sign comes through: flipping the sign bit puts negative values before the others
+        if and_mask < -SIGN64 or not -SIGN64 <= xor_mask < SIGN64:
+            return None
+        bias, base = SIGN64, -SIGN64
+    dimension = Dimension(DIMENSION_INTEGER, kernel_field(function.field), 0, and_mask & MASK64,
+                          xor_mask & MASK64 ^ bias)
+    return dimension, base
+
+
+MIRRORED = {"==": "==", "!=": "!=", "<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+def compare_constraint(node: Compare) -> Optional[Tuple[Dimension, Constraint]]:
+    op, left, right = node.op, node.left, node.right
+    if isinstance(left, Const):
+        op, left, right = MIRRORED[op], right, left
+    found = integer_dimension(left) if isinstance(right, Const) and not is_text(left) else None
+    if found is None:
+        return None
+    dimension, base = found
+    assert isinstance(right, Const)
+    key = right.value - base
+    ranges = {"==": (key, key), "!=": (key, key), "<": (0, key - 1), "<=": (0, key), ">": (key + 1, MASK64),
+              ">=": (key, MASK64)}[op]
+    constraint = Ranges.of([ranges])
+    return dimension, ~constraint if op == "!=" else constraint
+
+
+def membership_constraint(node: IsIn) -> Optional[Tuple[Dimension, Constraint]]:
+    if isinstance(node.operand, Field) and node.operand.is_text:
+        texts = frozenset(encode_text(value) for value in node.values if isinstance(value, str))
+        return Dimension(DIMENSION_WHOLE, kernel_field(node.operand)), Texts(texts)
+    found = integer_dimension(node.operand)
+    if found is None:
+        return None
+    dimension, base = found
+    return dimension, Ranges.of((value - base, value - base) for value in node.values if isinstance(value, int))
+
+
+GLOB_SPECIAL = re.compile(r"[*?[]")
+
+
+def text_rows(node: TextTest, negate: bool) -> Rows:
+    """startswith and endswith as rows; for the others, what every text that passes must begin and end with."""
+    prefix = suffix = ""
+    reasons: Tuple[str, ...] = (f"{node.function}()",)
+    if node.function == "startswith":
+        prefix = node.literal
+        # '\\udcc3' is the begin of no text that has an é there; the kernel side compares bytes, and would say it is
+        reasons = ("a prefix that ends in a part of a character",) if has_surrogate(prefix[-3:]) else ()
+    elif node.function == "endswith":
+        suffix = node.literal
+        reasons = ("a suffix that begins in a part of a character",) if has_surrogate(suffix[:1]) else ()
+    elif node.function == "glob":
+        pieces = GLOB_SPECIAL.split(node.literal)
+        prefix, suffix = pieces[0], "" if "[" in node.literal else pieces[-1]
+    elif node.function == "regex":
+        prefix = regex_prefix(node.literal)
+    if negate and reasons:
+        return Rows(EVERYTHING, reasons)
+    row: Row = {}
+    for kind, literal in ((DIMENSION_PREFIX, encode_text(prefix)), (DIMENSION_SUFFIX, encode_text(suffix))):
+        if literal:
+            texts = Texts(frozenset((literal,)) if len(literal) <= MAX_TEXT else frozenset())
+            row[Dimension(kind, kernel_field(node.field), len(literal))] = ~texts if negate else texts
+    return Rows(simplify(row), reasons)
+
+
+def has_surrogate(text: str) -> bool:
+    return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def regex_prefix(pattern: str) -> str:
+    """What every text must begin with that the pattern is found in: the literals behind a ^."""
+    tree = list(parse_regex(pattern))
+    if not tree or str(tree[0][0]) != "AT" or str(tree[0][1]) not in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+        return ""
+    literals = itertools.takewhile(lambda item: str(item[0]) == "LITERAL" and not 0xD800 <= item[1] <= 0xDFFF, tree[1:])
+    return "".join(chr(value) for _, value in literals)
+
+
+class KernelFilter(NamedTuple):
+    """One entry of the kernel's table `filters`: a filter, or for None the stream of an event type."""
+
+    event: str
+    spec: Optional[Filter]
+
+
+@dataclass
+class Placement:
+    """Where one filter is evaluated, for `explain`."""
+
+    spec: Filter
+    rows: Rows
+    reasons: Tuple[str, ...]  # why Python is needed; none: all of it runs in the kernel
+
+
+class Tables:
+    """The contents of the kernel's maps for a set of filters, or for event types that are streamed whole."""
+
+    def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = ()) -> None:
+        self.seeds = struct.unpack("=QQ", os.urandom(16))
+        self.filters: List[KernelFilter] = []
+        self.placements: List[Placement] = []
+        self.matchers: Dict[str, bytes] = {}
+        self.dimensions: Dict[str, List[Dimension]] = {}
+        self.vectors: List[bytes] = []
+        self.bounds: List[int] = []
+        self.texts: Dict[bytes, bytes] = {}
+        self.literals: List[int] = []
+        self.literal_places: Dict[bytes, int] = {}
+        self.rows: List[int] = []
+        self.max_groups = groups_per_filter(filters)
+        by_event: Dict[str, List[Filter]] = {name: [] for name in streamed}
+        for member in filters:
+            by_event.setdefault(member.event, []).append(member)
+        for event, members in by_event.items():
+            self.add_event(event, members)
+
+    @property
+    def python_ids(self) -> FrozenSet[str]:
+        """Ids of the filters that Python evaluates."""
+        return frozenset(placement.spec.id for placement in self.placements if placement.reasons)
+
+    def add_event(self, event: str, members: Sequence[Filter]) -> None:
+        """One event type: its filters' rows, those of the filters that need Python as one stream."""
+        rows: List[Row] = []
+        streamed: List[Row] = [] if members else EVERYTHING
+        dimensions: Set[Dimension] = set()
+        first_row, fields = len(self.rows), 0
+        for member in members:
+            compiled = rule_rows(member.rule)
+            used = dimensions.union(*compiled.rows)
+            reasons = compiled.reasons
+            if len(rows) + len(streamed) + len(compiled.rows) >= MAX_ROWS or len(used) > MAX_DIMENSIONS:
+                compiled, reasons = Rows(EVERYTHING), ("this event type's tables, which are full",)
+            else:
+                dimensions = used
+            self.placements.append(Placement(member, compiled, reasons))
+            if reasons:
+                streamed = unite([*streamed, *compiled.rows])
+                continue
+            rows += compiled.rows
+            self.rows += [len(self.filters)] * len(compiled.rows)
+            self.filters.append(KernelFilter(event, member))
+            fields |= self.filter_fields(member)
+        if streamed:
+            rows += streamed
+            self.rows += [len(self.filters)] * len(streamed)
+            self.filters.append(KernelFilter(event, None))
+        self.dimensions[event] = sorted(set().union(*rows) if rows else set())
+        self.matchers[event] = self.pack_matcher(event, rows, first_row, fields)
+
+    @staticmethod
+    def filter_fields(member: Filter) -> int:
+        """Fields that counting for the filter reads, as a bit mask."""
+        by = member.parameters.get("by", ())
+        fields = sum(1 << kernel_field(field) for field in by)
+        return fields | (1 << FIELD_TIME if member.parameters.get("threshold") else 0)
+
+    def pack_matcher(self, event: str, rows: Sequence[Row], first_row: int, fields: int) -> bytes:
+        """struct matcher; integers come first, since a text has to be read and hashed."""
+        packed = b""
+        for dimension in self.dimensions[event]:
+            fields |= 1 << dimension.field
+            packed += (self.pack_integers if dimension.kind == DIMENSION_INTEGER else self.pack_texts)(dimension, rows)
+        words = (len(rows) + 63) // 64
+        head = MATCHER.pack(words, fields, self.vector((1 << len(rows)) - 1), first_row, len(self.dimensions[event]), 0)
+        return (head + packed).ljust(MATCHER.size + MAX_DIMENSIONS * DIMENSION.size, b"\0")
+
+    def vector(self, bits: int) -> int:
+        """Adds a bit vector; returns its place."""
+        self.vectors.append(bits.to_bytes(VECTOR_SIZE, "little"))
+        return len(self.vectors) - 1
+
+    def pack_integers(self, dimension: Dimension, rows: Sequence[Row]) -> bytes:
+        """Sweeps over the line of keys: at each bound some rows begin to be true and some cease to."""
+        bits = 0
+        changes: Dict[int, int] = {}
+        for index, row in enumerate(rows):
+            constraint = row.get(dimension)
+            if constraint is None:
+                bits |= 1 << index
+                continue
+            assert isinstance(constraint, Ranges)
+            for first, last in constraint.ranges:
+                for edge in (first, last + 1):
+                    changes[edge] = changes.get(edge, 0) ^ 1 << index
+        bits ^= changes.pop(0, 0)
+        changes.pop(MASK64 + 1, None)
+        first_bound, below = len(self.bounds), self.vector(bits)
+        for bound in sorted(changes):
+            bits ^= changes[bound]
+            self.bounds.append(bound)
+            self.vector(bits)
+        return DIMENSION.pack(dimension.kind, dimension.field, 0, 0, below, first_bound,
+                              len(self.bounds) - first_bound, 0, dimension.and_mask, dimension.xor_mask)
+
+    def pack_texts(self, dimension: Dimension, rows: Sequence[Row]) -> bytes:
+        others = 0  # rows that are true for a text without an entry
+        changes: Dict[bytes, int] = {}
+        for index, row in enumerate(rows):
+            constraint = row.get(dimension)
+            if constraint is None:
+                others |= 1 << index
+                continue
+            assert isinstance(constraint, Texts)
+            others |= constraint.all_but << index
+            for text in constraint.texts:
+                if len(text) <= MAX_TEXT:
+                    changes[text] = changes.get(text, 0) | 1 << index
+        number, default = len(self.vectors), self.vector(others)
+        if len(changes) == 1:
+            (text, bits), = changes.items()
+            self.vector(others ^ bits)
+            return DIMENSION.pack(dimension.kind, dimension.field, len(text), number, default, self.literal(text), 1,
+                                  0, 0, 0)
+        for text, bits in changes.items():
+            key = TEXT_KEY.pack(number, len(text), hash_text(text, self.seeds[0]))
+            assert key not in self.texts  # 2^-64 for each pair
+            self.texts[key] = TEXT.pack(self.vector(others ^ bits), self.literal(text))
+        return DIMENSION.pack(dimension.kind, dimension.field, dimension.length, number, default, 0, len(changes),
+                              0, 0, 0)
+
+    def literal(self, text: bytes) -> int:
+        """Adds the words of a literal; returns their place."""
+        if text not in self.literal_places:
+            self.literal_places[text] = len(self.literals)
+            self.literals += text_words(text)
+        return self.literal_places[text]
+
+    def pack_filter(self, member: KernelFilter) -> bytes:
+        """struct filter."""
+        if member.spec is None:
+            return FILTER.pack(1, 0, FILTER_STREAM, 0, 0, b"", b"")
+        parameters = member.spec.parameters
+        by = parameters["by"]
+        return FILTER.pack(max(parameters["frequency"], 1), parameters["threshold"], 0, self.max_groups, len(by),
+                           bytes(kernel_field(field) for field in by), bytes(field.is_text for field in by))
+
+    @property
+    def group_count(self) -> int:
+        """Entries of the kernel's table of groups."""
+        return self.max_groups * sum(1 for member in self.filters if member.spec and member.spec.parameters["by"])
+
+
+def text_words(text: bytes) -> Tuple[int, ...]:
+    """The text as unsigned 64-bit words in this machine's byte order, the last padded with zeros."""
+    padded = text.ljust((len(text) + 7) // 8 * 8, b"\0")
+    return struct.unpack(f"={len(padded) // 8}Q", padded)
+
+
+def hash_text(text: bytes, seed: int) -> int:
+    """As hash_text() in bpf/traceleft.bpf.c."""
+    value = seed
+    for word in (len(text), *text_words(text)):
+        value = (value ^ word) * 0x9E3779B97F4A7C15 & MASK64
+        value ^= value >> 32
+    return value
+
+
+def groups_per_filter(filters: Sequence[Filter]) -> int:
+    """How many `by` groups each filter may have, in both engines: fewer when many filters share the memory."""
+    sharing = sum(1 for member in filters if member.parameters["by"])
+    return min(MAX_GROUPS, MAX_ALL_GROUPS // max(sharing, 1))
 
 
 # ======================================================================================================================
@@ -1542,6 +2073,10 @@ class Channel:
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
         self.spec, self.accounts = spec, accounts
 
+    def problem(self) -> Optional[str]:
+        """Why the channel could not be opened, found out without changing anything. Raises HostError."""
+        return None
+
     def open(self) -> None:
         """Raises TraceleftError when the channel cannot be used; nothing is open then."""
 
@@ -1552,23 +2087,59 @@ class Channel:
     def flush(self) -> None:
         """All alerts of this tick have been sent."""
 
+    def begin_close(self) -> None:
+        """No more alerts will come: begins to deliver what is pending, for a bounded time."""
+
     def close(self) -> None:
-        """Delivers what is pending within a bounded time; the rest is settled as lost."""
+        """Waits until what is pending is delivered, or the time is over; the rest is settled as lost."""
+
+
+FLAG_NO_SAMPLE = 4  # in the wire contract's and the text block's flags
+
+
+def shown_event(alert: Alert) -> Tuple[Event, int]:
+    """The alert's sample and its flags; without one, an event of which nothing but the type is known."""
+    if alert.sample is not None:
+        return alert.sample, alert.sample.flags
+    return make_event(alert.filter.event, pid=0), FLAG_NO_SAMPLE
+
+
+def write_problem(path: str) -> int:
+    """The errno with which opening the file for writing would fail, or 0; the file is not touched."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        parent = os.path.dirname(os.path.abspath(path))
+        if os.path.islink(path) or not os.path.exists(parent):
+            return errno.ENOENT
+        return 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+    except OSError as error:
+        return error.errno or errno.EIO
+    if stat.S_ISDIR(mode):
+        return errno.EISDIR
+    return 0 if os.access(path, os.W_OK) else errno.EACCES
 
 
 def format_text(alert: Alert) -> str:
     """The block of the formats `text` and `collector_spec_pb` on a file channel."""
-    event = alert.sample
+    event, flags = shown_event(alert)
     return (f"COUNT: {alert.count}\n"
             f"EVENT: {{Timestamp:{event.timestamp_ns} ProgramID:{event.program_id} Pid:{event.pid} Ret:{event.ret} "
-            f"Name:{event.name} Hash:{event.hash} Flags:{event.flags}}} {format_args(event)}"
+            f"Name:{event.name} Hash:{event.hash} Flags:{flags}}} {format_args(event)}"
             f"{' [container]' if event.in_container else ''}\n\n")
 
 
 def format_json(alert: Alert) -> str:
     """One object on one line. Bytes that are no UTF-8 appear as \\udc80 to \\udcff."""
-    event = alert.sample
     moment = datetime.datetime.fromtimestamp(alert.time, datetime.timezone.utc)
+    return json.dumps({
+        "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "host": HOSTNAME,
+        "filter": alert.filter.id, "event": alert.filter.event, "stream": alert.filter.stream,
+        "group": alert.filter.group, "metrics": alert.filter.metrics, "count": alert.count, "matched": alert.matched,
+        "lost": alert.lost, "sample": None if alert.sample is None else sample_json(alert.sample)}) + "\n"
+
+
+def sample_json(event: Event) -> Dict[str, Any]:
     sample: Dict[str, Any] = {name: getattr(event, name) for name in (
         "timestamp_ns", "pid", "tid", "ppid", "uid", "gid", "comm", "program_id", "ret", "hash")}
     sample["args"] = event.named_args
@@ -1576,11 +2147,7 @@ def format_json(alert: Alert) -> str:
         sample["path"] = event.path
     if event.flags:
         sample["flags"] = event.flags
-    return json.dumps({
-        "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "host": HOSTNAME,
-        "filter": alert.filter.id, "event": event.name, "stream": alert.filter.stream, "group": alert.filter.group,
-        "metrics": alert.filter.metrics, "count": alert.count, "matched": alert.matched, "lost": alert.lost,
-        "sample": sample}) + "\n"
+    return sample
 
 
 FILE_FORMATS: Dict[str, Callable[[Alert], str]] = {
@@ -1594,13 +2161,21 @@ class FileChannel(Channel):
     fd = -1
     failing = False
 
+    def problem(self) -> Optional[str]:
+        code = write_problem(self.spec.path)
+        return self.cannot_open(code) if code else None
+
+    def cannot_open(self, code: int) -> str:
+        return (f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: {os.strerror(code)}; "
+                "it takes a file in a directory that exists and is writable")
+
     def open(self) -> None:
+        # O_NONBLOCK: a FIFO that nobody reads is an error, and one whose reader stalls loses alerts but not the tracer
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
         try:
-            self.fd = os.open(self.spec.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY,
-                              0o600)
+            self.fd = os.open(self.spec.path, flags, 0o600)
         except OSError as error:
-            raise TraceleftError(f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: "
-                                 f"{error.strerror}; its directory must exist and be writable") from None
+            raise TraceleftError(self.cannot_open(error.errno or 0)) from None
 
     def send(self, alert: Alert) -> None:
         account = self.accounts[alert.filter.id]
@@ -1649,6 +2224,7 @@ COMMON_EVENT: Tuple[WireField, ...] = (
 METRIC_EXTENSIONS: Tuple[WireField, ...] = (
     ("Matched", 100, "uint64"), ("Lost", 101, "uint64"), ("Host", 102, "string"), ("Filter", 103, "string"),
     ("Stream", 104, "string"), ("Group", 105, "string"), ("Metrics", 106, "string"), ("Time", 107, "double"),
+    ("Agent", 108, "string"), ("Sequence", 109, "uint64"),
 )
 WIRE_PACKAGE = "tracer"
 WIRE_METHOD = f"/{WIRE_PACKAGE}.MetricCollector/Process"
@@ -1671,6 +2247,7 @@ def wire_messages() -> Dict[str, Tuple[WireField, ...]]:
 
 def import_optional(module: str) -> Any:
     """An optional package. Raises HostError that says how to get it."""
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # the library's own lines on stderr: ours say what matters
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -1714,21 +2291,23 @@ def wrap_int(value: int, kind: str) -> int:
     return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
-def encode_metric(wire: Mapping[str, Any], alert: Alert) -> bytes:
-    """The serialized Metric of one alert."""
-    event, event_type = alert.sample, alert.sample.type
+def encode_metric(wire: Mapping[str, Any], alert: Alert, agent: str, sequence: int) -> bytes:
+    """The serialized Metric of one alert, the `sequence`-th of this agent."""
+    event, flags = shown_event(alert)
+    event_type = event.type
     message = wire[event_type.message]()
     for argument, value in zip(event_type.arguments, event.args):
         setattr(message, argument.name,
                 encode_text(value) if isinstance(value, str) else wrap_int(value, argument.type.wire))
     common = wire["ProtobufCommonEvent"](
         Timestamp=event.timestamp_ns, Pid=event.pid, Ret=event.ret, Name=event.name, Hash=event.hash,
-        Flags=event.flags, Tid=event.tid, Ppid=event.ppid, Uid=event.uid, Gid=event.gid, Comm=encode_text(event.comm),
+        Flags=flags, Tid=event.tid, Ppid=event.ppid, Uid=event.uid, Gid=event.gid, Comm=encode_text(event.comm),
         ProgramID=event.program_id, Path=encode_text(event.path or ""))
     metric = wire["Metric"](
         Count=alert.count, CommonEvent=common, Matched=alert.matched, Lost=alert.lost, Host=HOSTNAME,
         Filter=wire_text(alert.filter.id), Stream=wire_text(alert.filter.stream), Group=wire_text(alert.filter.group),
-        Metrics=alert.filter.metrics, Time=alert.time, **{f"{camel_case(event.name)}Event": message})
+        Metrics=alert.filter.metrics, Time=alert.time, Agent=agent, Sequence=sequence,
+        **{f"{camel_case(event.name)}Event": message})
     data: bytes = metric.SerializeToString()
     return data
 
@@ -1770,6 +2349,8 @@ class GrpcChannel(Channel):
         self.insecure = insecure
         self.queue: Deque[Tuple[Account, int, bytes]] = collections.deque()  # account, count, serialized Metric
         self.queue_bytes = 0
+        self.agent = wire_text(f"{uuid.uuid4()}/{spec.id}")  # of this run: what is sent again can be told from new
+        self.sequence = 0
         self.changed = threading.Condition()
         self.flushed = False              # the thread may send what is in the queue
         self.deadline: Optional[float] = None  # set by close(), monotonic seconds
@@ -1778,7 +2359,6 @@ class GrpcChannel(Channel):
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
 
     def open(self) -> None:
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # the library's own lines on stderr; ours say what matters
         self.grpc = import_optional("grpc")
         self.wire = build_wire()
         options = [("grpc.enable_http_proxy", 0)]
@@ -1792,7 +2372,9 @@ class GrpcChannel(Channel):
         self.thread.start()
 
     def send(self, alert: Alert) -> None:
-        account, data = self.accounts[alert.filter.id], encode_metric(self.wire, alert)
+        account = self.accounts[alert.filter.id]
+        self.sequence += 1
+        data = encode_metric(self.wire, alert, self.agent, self.sequence)
         with self.changed:
             if self.queue_bytes + len(data) > MAX_QUEUE_BYTES:
                 account.lose("queue_full", alert.count)
@@ -1857,14 +2439,19 @@ class GrpcChannel(Channel):
 
     def report(self, problem: str) -> None:
         if not self.failing:
-            say(f"{escape(self.spec.path)}: {escape(problem)}; alerts are kept and sent again")
+            hint = "" if self.insecure or "SSL" not in problem else \
+                "; --collector-insecure is for a collector without TLS"
+            say(f"{escape(self.spec.path)}: {escape(problem)}; alerts are kept and sent again{hint}")
         self.failing = True
 
-    def close(self) -> None:
+    def begin_close(self) -> None:
         with self.changed:
-            self.deadline = time.monotonic() + CLOSE_TIMEOUT
+            self.deadline = self.deadline or time.monotonic() + CLOSE_TIMEOUT
             self.changed.notify()
-        self.thread.join(CLOSE_TIMEOUT)
+
+    def close(self) -> None:
+        self.begin_close()
+        self.thread.join(max(self.remaining(), 0.0))
         if self.thread.is_alive() and self.call is not None:
             self.call.cancel()
         self.thread.join()
@@ -1888,22 +2475,27 @@ def make_channel(spec: ChannelSpec, accounts: Mapping[str, Account], insecure: b
 class FilterState:
     """One filter at work: the reference model of rule, processing function and output function."""
 
-    def __init__(self, spec: Filter, account: Account) -> None:
+    def __init__(self, spec: Filter, account: Account, max_groups: int, event_time: bool) -> None:
         self.spec, self.account = spec, account
         self.matches = spec.rule.matcher() if spec.rule is not None else None
-        self.processing = PROCESSING[spec.processing](**spec.parameters)
+        self.processing = PROCESSING[spec.processing](**spec.parameters, max_groups=max_groups, event_time=event_time)
         self.output = OUTPUTS[spec.metrics]()
 
     def add(self, event: Event) -> None:
+        """One event, matched and counted here."""
         if self.matches is not None and not self.matches(event):
             return
-        passed = self.processing.passes(event)
-        self.account.matched += 1
-        if passed:
-            self.account.passed += 1
+        if self.processing.passes(event):
+            self.count(1, 1, 0, event)
         else:
-            self.account.folded += 1
-        self.output.add(event, passed)
+            self.count(1, 0, 1, None)
+
+    def count(self, matched: int, passed: int, folded: int, sample: Optional[Event]) -> None:
+        """Events that have been matched and counted, here or in the kernel."""
+        self.account.matched += matched
+        self.account.passed += passed
+        self.account.folded += folded
+        self.output.add(matched, passed, sample)
 
     def tick(self, now: float, channel: Channel) -> None:
         self.processing.tick()
@@ -1925,38 +2517,49 @@ class Aggregator:
         aggregator = Aggregator("spec.json", {"1": channel})
         aggregator.add(make_event("open", "/tmp/a.txt", 577, 438, pid=4242))
         aggregator.tick(time.time())  # ends the second: alerts are sent
+
+    `counted_elsewhere` are ids of filters that the kernel matches and counts: their numbers come through
+    `states[id].count()` and not through `add()`. With `event_time`, thresholds count by the seconds of the events'
+    timestamps and not of the ticks, which come late for events that had to wait in the ring buffer.
     """
 
     def __init__(self, spec: Union[Spec, Mapping[str, Any], str, os.PathLike[str]],
-                 channels: Optional[Mapping[str, Any]] = None, insecure: bool = False) -> None:
+                 channels: Optional[Mapping[str, Any]] = None, insecure: bool = False,
+                 counted_elsewhere: FrozenSet[str] = frozenset(), event_time: bool = False) -> None:
         if not isinstance(spec, Spec):
             spec = parse_spec(spec) if isinstance(spec, Mapping) else load_spec(spec)
         self.spec = spec
         self.accounts = {member.id: Account(member.id, member.event) for member in spec.filters}
         self.second: Optional[int] = None
-        self.filters: Dict[str, List[FilterState]] = {}
-        for member in spec.filters:
-            self.filters.setdefault(member.event, []).append(FilterState(member, self.accounts[member.id]))
+        max_groups = groups_per_filter(spec.filters)
+        self.states = {member.id: FilterState(member, self.accounts[member.id], max_groups, event_time)
+                       for member in spec.filters}
+        self.by_event: Dict[str, List[FilterState]] = {}
+        for state in self.states.values():
+            if state.spec.id not in counted_elsewhere:
+                self.by_event.setdefault(state.spec.event, []).append(state)
         self.channels: Dict[str, Any] = dict(channels) if channels is not None else self.open_channels(insecure)
 
     def open_channels(self, insecure: bool) -> Dict[str, Channel]:
-        """The spec's channels that a filter uses; all of them, or none and a TraceleftError."""
-        channels: Dict[str, Channel] = {}
-        # grpc first: what can be missing there is found before a file is made
-        for spec in sorted(self.spec.used_channels, key=lambda spec: spec.type, reverse=True):
-            channel = make_channel(spec, self.accounts, insecure)
+        """The spec's channels that a filter uses; all, or none and a TraceleftError that names every bad one."""
+        channels = {spec.id: make_channel(spec, self.accounts, insecure) for spec in self.spec.used_channels}
+        problems = [problem for problem in (channel.problem() for channel in channels.values()) if problem]
+        if problems:
+            raise TraceleftError(*problems)
+        opened: List[Channel] = []
+        for channel in channels.values():
             try:
                 channel.open()
             except TraceleftError:
-                for opened in channels.values():
-                    opened.close()
+                for other in opened:
+                    other.close()
                 raise
-            channels[spec.id] = channel
+            opened.append(channel)
         return channels
 
     def add(self, event: Event) -> None:
-        """One event, for every filter of its type."""
-        for state in self.filters.get(event.name, ()):
+        """One event, for every filter of its type that is not counted elsewhere."""
+        for state in self.by_event.get(event.name, ()):
             state.add(event)
 
     def tick(self, now: float) -> None:
@@ -1967,16 +2570,16 @@ class Aggregator:
 
     def flush(self, now: float) -> None:
         """Ends the current second, whatever the time is."""
-        for states in self.filters.values():
-            for state in states:
-                state.tick(now, self.channels[state.spec.channel])
+        for state in self.states.values():
+            state.tick(now, self.channels[state.spec.channel])
         for channel in self.channels.values():
             getattr(channel, "flush", lambda: None)()
 
     def close(self) -> None:
         """Delivers what is pending; afterwards the accounting is final."""
-        for channel in self.channels.values():
-            getattr(channel, "close", lambda: None)()
+        for method in ("begin_close", "close"):  # all channels at once
+            for channel in self.channels.values():
+                getattr(channel, method, lambda: None)()
 
     def summary(self) -> Dict[str, Any]:
         """The accounting as JSON."""
@@ -2045,7 +2648,7 @@ def plan_selectors(selectors: Sequence[Selector]) -> Dict[str, Wanted]:
     plan: Dict[str, Wanted] = {}
     for selector in selectors:
         for pid in selector.pids:
-            if pid and not os.path.exists(f"/proc/{pid}"):
+            if pid and not os.path.exists(f"/proc/{pid}/task/{pid}"):  # /proc/TID exists too, for threads
                 raise UsageError(f"there is no process {pid}")
             for event in selector.events:
                 plan.setdefault(event, Wanted()).add(pid, selector.program_id, event)
@@ -2101,6 +2704,7 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "bpf_object__find_program_by_name":   (_pointer, (_pointer, _text)),
     "bpf_object__find_map_by_name":       (_pointer, (_pointer, _text)),
     "bpf_program__fd":                    (_int,     (_pointer,)),
+    "bpf_program__set_autoload":          (_int,     (_pointer, ctypes.c_bool)),
     "bpf_program__attach_tracepoint_opts": (_pointer, (_pointer, _text, _text, ctypes.POINTER(BpfTracepointOpts))),
     "bpf_link__destroy":                  (_int,     (_pointer,)),
     "bpf_map__fd":                        (_int,     (_pointer,)),
@@ -2175,24 +2779,28 @@ OBJECT_PATH = Path(__file__).resolve().parent / "bpf" / "traceleft.bpf.o"
 BTF_PATH = "/sys/kernel/btf/vmlinux"
 TRACEFS_PATHS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 MIN_KERNEL = (5, 15)
-DEFAULT_RING_BYTES = 64 << 20  # a burst of 400,000 records of a short path
+STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 400,000 records of a short path
+SAMPLE_RING_BYTES = 1 << 20    # where only samples are: those of a second, of 1,000 filters and 800-byte paths
 BATCH = 4096                   # records read at once: between two batches the loop sees signals and the time
 DRAIN_TIMEOUT = 1.0            # seconds for programs that were running at the time of the detach to finish
 
-# struct source, struct argument, struct process_key, struct counters, the read-only settings and enum source_flags in
-# bpf/traceleft.h and bpf/traceleft.bpf.c; a test compares them with the object's BTF
+# struct source, struct argument, struct process_key, struct filter_counts, the read-only settings and enum source_flags
+# in bpf/traceleft.h and bpf/traceleft.bpf.c; a test compares them with the object's BTF
 ARGUMENT = struct.Struct("=BBB5xQ")
 SOURCE = struct.Struct("=HHIQ")
 PROCESS_KEY = struct.Struct("=II")
-COUNTERS = struct.Struct("=QQ")
-SETTINGS = struct.Struct("=I4xQ")
+FILTER_COUNTS = struct.Struct("=QQQQQ")
+SETTINGS = struct.Struct("=IIQQ")
+RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
+RECORD_TAG_OFFSET = HEADER.size - 16 - RECORD_TAG.size
 SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_ONLY_FDCWD = 1, 2, 4
 WAKEUP_BYTES = 64 << 10
 PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
-PROG_INFO_RECURSION_MISSES = 208
+PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 208, 216
 
 # include/uapi/linux/capability.h
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
+PROC_PID_INIT_INO = 0xEFFFFFFC  # inode of the initial pid namespace, include/linux/proc_ns.h
 
 
 def effective_capabilities() -> int:
@@ -2211,6 +2819,9 @@ def check_host() -> None:
                    if not capabilities >> bit & 1]
         if missing:
             raise HostError(f"missing privilege {' and '.join(missing)}: run it as root, as in sudo {sys.argv[0]}")
+    if os.stat("/proc/self/ns/pid").st_ino != PROC_PID_INIT_INO:
+        raise HostError("this is not the initial pid namespace, whose PIDs the kernel side sees: run it on the host "
+                        "itself, or in a container with the host's pid namespace (docker run --pid=host)")
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     if version and (int(version[1]), int(version[2])) < MIN_KERNEL:
         raise HostError(f"kernel {platform.release()} is too old: it needs 5.15 or later")
@@ -2224,6 +2835,8 @@ def mounted_tracefs() -> str:
         if os.path.isdir(f"{path}/events/syscalls"):
             return path
     path = TRACEFS_PATHS[0]
+    if os.path.ismount(path) and not os.access(path, os.R_OK | os.X_OK):
+        raise HostError(f"{path} cannot be read by this user: run it as root, or with CAP_DAC_READ_SEARCH too")
     libc = ctypes.CDLL(None, use_errno=True)
     nosuid_nodev_noexec = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC in include/uapi/linux/mount.h
     if libc.mount(b"tracefs", path.encode(), b"tracefs", ctypes.c_ulong(nosuid_nodev_noexec), None) < 0:
@@ -2278,6 +2891,16 @@ def plan_sources(plan: Mapping[str, Wanted], tracefs: str) -> List[Source]:
     return sources
 
 
+class FilterCounts(NamedTuple):
+    """struct filter_counts, summed over the CPUs."""
+
+    matched: int
+    passed: int
+    folded: int
+    submitted: int  # records that the kernel put into the ring buffer
+    ring_full: int  # records that did not fit
+
+
 class Tracer:
     """Yields the events of a live kernel.
 
@@ -2289,17 +2912,23 @@ class Tracer:
             for event in tracer:
                 print(format_event(event))
 
-    The process that traces is left out, unless a selector names its PID.
+    The process that traces is left out, unless a selector names its PID. With `tables` only the events that their
+    filters stream are yielded; the others are counted in the kernel, see read_counts() and take_sample().
     """
 
     def __init__(self, selectors: Union[str, Iterable[Union[str, Selector]], Mapping[str, Wanted]],
-                 ring_bytes: int = DEFAULT_RING_BYTES, verbose: bool = False) -> None:
+                 tables: Optional[Tables] = None, ring_bytes: Optional[int] = None, verbose: bool = False) -> None:
         if isinstance(selectors, Mapping):
             self.plan = dict(selectors)
         else:
             texts = selectors.split() if isinstance(selectors, str) else selectors
             self.plan = plan_selectors([parse_selector(s) if isinstance(s, str) else s for s in texts])
-        self.ring_bytes, self.verbose = ring_bytes, verbose
+        self.tables = tables if tables is not None else Tables((), self.plan)
+        self.streams = any(member.spec is None for member in self.tables.filters)
+        self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else SAMPLE_RING_BYTES)
+        self.verbose = verbose
+        self.tick = 1          # tags samples: each filter takes one a tick
+        self.samples: Dict[int, List[Tuple[int, Event]]] = {}  # filter -> (tick, sample), at most two
         self.records: List[bytes] = []
         self.consumed = 0      # records read so far
         self.more = False      # the last poll() left records in the ring
@@ -2353,15 +2982,27 @@ class Tracer:
         except OSError as error:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
+        self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF, 5 to 10 MB that it does not need any more
         self.fill_tables()
         self.open_ring()
 
     def configure(self) -> None:
         """What has to be set between opening and loading."""
         own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
-        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES)
+        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds)
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
-        self.bpf.call("bpf_map__set_max_entries", self.map("events"), self.ring_bytes)
+        self.bpf.call("bpf_program__set_autoload", self.program("feed"), False)
+        tables = self.tables
+        for name, entries in {
+                "events": self.ring_bytes, "sources": len(self.sources), "matchers": len(EVENT_NAMES),
+                "processes": sum(len(wanted.pids) for wanted in self.plan.values()), "vectors": len(tables.vectors),
+                "bounds": len(tables.bounds), "texts": len(tables.texts), "literals": len(tables.literals),
+                "rows": len(tables.rows), "filters": len(tables.filters), "filter_states": len(tables.filters),
+                "filter_counts": len(tables.filters), "groups": tables.group_count}.items():
+            self.bpf.call("bpf_map__set_max_entries", self.map(name), max(entries, 1))
+
+    def program(self, name: str) -> Any:
+        return self.bpf.call("bpf_object__find_program_by_name", self.object, name.encode())
 
     def map(self, name: str) -> Any:
         return self.bpf.call("bpf_object__find_map_by_name", self.object, name.encode())
@@ -2370,16 +3011,26 @@ class Tracer:
         fd: int = self.bpf.call("bpf_map__fd", self.map(name))
         return fd
 
-    def update(self, map_fd: int, key: bytes, value: bytes) -> None:
-        self.bpf.call("bpf_map_update_elem", map_fd, key, value, 0)
+    def update(self, name: str, entries: Iterable[Tuple[bytes, bytes]]) -> None:
+        """Sets entries, key and value, of a map."""
+        fd = self.map_fd(name)
+        for key, value in entries:
+            self.bpf.call("bpf_map_update_elem", fd, key, value, 0)
 
     def fill_tables(self) -> None:
-        sources, processes = self.map_fd("sources"), self.map_fd("processes")
-        for row, source in enumerate(self.sources):
-            self.update(sources, struct.pack("=I", row), source.pack())
-        for name, wanted in self.plan.items():
-            for pid, program_id in wanted.pids.items():
-                self.update(processes, PROCESS_KEY.pack(pid, EVENT_IDS[name]), struct.pack("=Q", program_id))
+        tables = self.tables
+        self.update("sources", numbered(source.pack() for source in self.sources))
+        self.update("processes", ((PROCESS_KEY.pack(pid, EVENT_IDS[name]), struct.pack("=Q", program_id))
+                                  for name, wanted in self.plan.items() for pid, program_id in wanted.pids.items()))
+        self.update("vectors", numbered(tables.vectors))
+        self.update("bounds", numbered(struct.pack("=Q", bound) for bound in tables.bounds))
+        self.update("texts", tables.texts.items())
+        self.update("literals", numbered(struct.pack("=Q", word) for word in tables.literals))
+        self.update("rows", numbered(struct.pack("=I", row) for row in tables.rows))
+        self.update("filters", numbered(tables.pack_filter(member) for member in tables.filters))
+        self.update("ticks", numbered([struct.pack("=I", self.tick)]))
+        self.update("matchers", ((struct.pack("=I", EVENT_IDS[name]), matcher)
+                                 for name, matcher in tables.matchers.items()))
 
     def open_ring(self) -> None:
         fd = self.map_fd("events")
@@ -2391,8 +3042,7 @@ class Tracer:
 
     def attach(self) -> None:
         """Attaches to every syscall of the plan. Raises HostError; what was attached by then is detached by close()."""
-        program = self.bpf.call("bpf_object__find_program_by_name", self.object, b"sys_exit")
-        self.program_fd: int = self.bpf.call("bpf_program__fd", program)
+        program = self.program("sys_exit")
         self.set_clock()
         for row, source in enumerate(self.sources):
             options = BpfTracepointOpts(ctypes.sizeof(BpfTracepointOpts), row)
@@ -2425,7 +3075,10 @@ class Tracer:
             return -errno.EIO
 
     def poll(self) -> List[Event]:
-        """The events that are pending, at most BATCH; `more` says whether there are others. Never blocks."""
+        """The streamed events that are pending; `more` says whether there are others. Never blocks.
+
+        At most BATCH records are read; samples among them are kept for take_sample().
+        """
         self.epoll.poll(0)  # takes the edge
         status = self.bpf.library.ring_buffer__consume(self.ring)
         if self.callback_error is not None:
@@ -2435,43 +3088,85 @@ class Tracer:
         self.more = status == -errno.EAGAIN
         records, self.records = self.records, []
         self.consumed += len(records)
-        return [decode_record(record, self.clock_offset_ns) for record in records]
+        events = []
+        for record in records:
+            index, tick = RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)
+            event = decode_record(record, self.clock_offset_ns)
+            if self.tables.filters[index].spec is None:
+                events.append(event)
+            else:
+                self.samples[index] = [*self.samples.get(index, ())[-1:], (tick, event)]
+        return events
 
     def drain(self) -> Iterator[Event]:
         """After detach(): the events that are left, to the last one that the kernel has counted."""
         deadline = time.monotonic() + DRAIN_TIMEOUT
-        while True:
-            submitted, _ = self.totals()
+        while self.consumed < self.submitted() and time.monotonic() < deadline:
+            before = self.consumed
             yield from self.poll()
-            if self.consumed >= submitted and not self.more or time.monotonic() > deadline:
-                return
+            if self.consumed > before:  # the time is for programs that are still running, not for a long backlog
+                deadline = time.monotonic() + DRAIN_TIMEOUT
 
-    def totals(self) -> Tuple[int, Dict[str, int]]:
-        """Records that the kernel put into the ring, and per event type how many did not fit."""
-        cpus = self.bpf.call("libbpf_num_possible_cpus")
-        buffer = ctypes.create_string_buffer(COUNTERS.size * cpus)
-        submitted, lost = 0, {}
-        for name in self.plan:
-            key = struct.pack("=I", EVENT_IDS[name])
-            self.bpf.call("bpf_map_lookup_elem", self.map_fd("counters"), key, buffer)
-            per_cpu = list(COUNTERS.iter_unpack(buffer.raw))
-            submitted += sum(counts[0] for counts in per_cpu)
-            lost[name] = sum(counts[1] for counts in per_cpu)
-        return submitted, lost
+    def submitted(self) -> int:
+        """Records that the kernel has put into the ring buffer."""
+        return sum(counts.submitted for counts in self.read_counts())
+
+    def read_counts(self) -> List[FilterCounts]:
+        """What the kernel has counted so far, for each entry of tables.filters."""
+        fd, cpus = self.map_fd("filter_counts"), self.bpf.call("libbpf_num_possible_cpus")
+        buffer = ctypes.create_string_buffer(FILTER_COUNTS.size * cpus)
+        counts = []
+        for index in range(len(self.tables.filters)):
+            self.bpf.call("bpf_map_lookup_elem", fd, struct.pack("=I", index), buffer)
+            counts.append(FilterCounts(*map(sum, zip(*FILTER_COUNTS.iter_unpack(buffer.raw)))))
+        return counts
+
+    def next_tick(self) -> int:
+        """Lets every filter take a new sample. Returns the tick that has ended."""
+        self.tick += 1
+        self.update("ticks", numbered([struct.pack("=I", self.tick & 0xFFFF_FFFF)]))
+        return self.tick - 1
+
+    def take_sample(self, index: int, tick: int) -> Optional[Event]:
+        """A filter's sample of a tick that has ended, or one of the tick after it that has already come.
+
+        The counts are read just after the tick: an event in between is counted with the old tick and carries the new
+        one. It stays, since it may be the only one of the new tick.
+        """
+        kept = [(number, event) for number, event in self.samples.pop(index, ()) if number >= tick]
+        if not kept:
+            return None
+        self.samples[index] = [(number, event) for number, event in kept if number > tick]
+        return kept[0][1]
+
+    def program_info(self, name: str, offset: int, code: str) -> int:
+        """One member of struct bpf_prog_info; 0 where the kernel does not know it yet."""
+        info, size = ctypes.create_string_buffer(PROG_INFO_SIZE), ctypes.c_uint32(PROG_INFO_SIZE)
+        fd = self.bpf.call("bpf_program__fd", self.program(name))
+        self.bpf.call("bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
+        value: int = struct.unpack_from(code, info, offset)[0]
+        return value
 
     def recursion_misses(self) -> int:
         """Events for which the kernel itself skipped the program, of whatever type."""
-        info, size = ctypes.create_string_buffer(PROG_INFO_SIZE), ctypes.c_uint32(PROG_INFO_SIZE)
-        self.bpf.call("bpf_obj_get_info_by_fd", self.program_fd, info, ctypes.byref(size))
-        misses: int = struct.unpack_from("=Q", info, PROG_INFO_RECURSION_MISSES)[0]
-        return misses if size.value >= PROG_INFO_RECURSION_MISSES + 8 else 0
+        return self.program_info("sys_exit", PROG_INFO_RECURSION_MISSES, "=Q")
+
+    def verified_instructions(self, name: str = "sys_exit") -> int:
+        """Instructions that the verifier walked through for a program; its limit is 1,000,000. From Linux 5.16 on."""
+        return self.program_info(name, PROG_INFO_VERIFIED_INSNS, "=I")
 
     def unseen(self) -> Dict[str, Dict[str, int]]:
-        """Event type -> cause -> events that never reached a filter."""
-        _, ring_full = self.totals()
-        misses = self.recursion_misses()
-        return {name: {cause: count for cause, count in (("ring_full", ring_full[name]), ("recursion", misses))
-                       if count} for name in self.plan}
+        """Event type -> cause -> streamed events that no filter has seen."""
+        counts = self.read_counts()
+        not_read = sum(count.submitted for count in counts) - self.consumed
+        causes = {member.event: {"ring_full": count.ring_full, "not_read": not_read}
+                  for member, count in zip(self.tables.filters, counts) if member.spec is None}
+        return {event: {cause: number for cause, number in found.items() if number} for event, found in causes.items()}
+
+    def lost_samples(self) -> int:
+        """Samples that did not fit into the ring buffer."""
+        return sum(counts.ring_full for member, counts in zip(self.tables.filters, self.read_counts())
+                   if member.spec is not None)
 
     def detach(self) -> None:
         """Stops tracing; what is in the ring can still be read."""
@@ -2488,6 +3183,11 @@ class Tracer:
         if self.object is not None:
             self.bpf.library.bpf_object__close(self.object)
             self.object = None
+
+
+def numbered(values: Iterable[bytes]) -> Iterator[Tuple[bytes, bytes]]:
+    """The entries of an array map."""
+    return ((struct.pack("=I", index), value) for index, value in enumerate(values))
 
 
 def load_hint(error: OSError) -> str:
@@ -2535,23 +3235,55 @@ class StopSignals:
         return self.reader.fileno()
 
 
-def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[float], None],
-             stop: StopSignals, duration: Optional[float]) -> None:
-    """Hands over events and the time (Unix, seconds) until stopped; then detaches and hands over what is left."""
+def boot_time() -> float:
+    """CLOCK_BOOTTIME in seconds: the kernel side's clock, by whose seconds `threshold` counts and the loop ticks."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[], None], stop: StopSignals,
+             duration: Optional[float]) -> None:
+    """Hands over events, and calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
+    interval = POLL_INTERVAL if tracer.streams else 1.0
+    second = boot_time() // 1
     with selectors.DefaultSelector() as selector:
         selector.register(tracer, selectors.EVENT_READ)
         selector.register(stop, selectors.EVENT_READ)
         while not stop.stopped and time.monotonic() < end:
             if not tracer.more:
-                now = time.time()
-                selector.select(max(0.0, min(POLL_INTERVAL, now // 1 + 1 - now, end - time.monotonic())))
+                selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
             handle(tracer.poll())
-            tracer.set_clock()
-            tick(time.time())
+            if boot_time() // 1 != second:
+                second = boot_time() // 1
+                tracer.set_clock()
+                tick()
     tracer.detach()
     for event in tracer.drain():
         handle([event])
+
+
+class KernelCounts:
+    """Brings what the kernel has counted to an aggregator, as differences from tick to tick."""
+
+    def __init__(self, tracer: Tracer, aggregator: Aggregator) -> None:
+        self.tracer = tracer
+        self.states = [(index, aggregator.states[member.spec.id]) for index, member in enumerate(tracer.tables.filters)
+                       if member.spec is not None]
+        self.before = [FilterCounts(0, 0, 0, 0, 0)] * len(tracer.tables.filters)
+
+    def tick(self, handle: Callable[[List[Event]], None]) -> None:
+        """Ends the tick; `handle` takes the streamed events that are read along with the samples."""
+        ended = self.tracer.next_tick()
+        counts = self.tracer.read_counts()
+        handle(self.tracer.poll())
+        while self.tracer.more:
+            handle(self.tracer.poll())
+        for index, state in self.states:
+            new, old = counts[index], self.before[index]
+            if new.matched != old.matched:
+                state.count(new.matched - old.matched, new.passed - old.passed, new.folded - old.folded,
+                            self.tracer.take_sample(index, ended) if new.passed != old.passed else None)
+        self.before = counts
 
 
 class Rates:
@@ -2573,12 +3305,11 @@ class StatusLine:
     def __init__(self, totals: Callable[[], Mapping[str, int]]) -> None:
         self.totals, self.rates = totals, Rates()
         self.enabled = sys.stderr.isatty()
-        self.second = int(time.time())
 
-    def tick(self, now: float) -> None:
-        if self.enabled and int(now) != self.second:
-            self.second = int(now)
-            sys.stderr.write(f"{CLEAR_LINE}{self.rates.format(self.totals())}"[:120])
+    def tick(self) -> None:
+        if self.enabled:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(CLEAR_LINE + self.rates.format(self.totals())[:width])
             sys.stderr.flush()
 
     def clear(self) -> None:
@@ -2588,24 +3319,52 @@ class StatusLine:
 
 
 class Printer:
-    """Events to stdout, one line each; counts them per event type."""
+    """Events to stdout, one line each, in the accounting of their event type."""
 
-    def __init__(self, names: Iterable[str]) -> None:
+    CHUNK = 4096  # PIPE_BUF: as much as a pipe that select() calls writable takes without blocking
+
+    def __init__(self, names: Iterable[str], stop: StopSignals) -> None:
         self.accounts = {name: Account(name, name) for name in names}
+        self.stop = stop
+        self.failed = False  # nobody reads any more
 
     def print_events(self, events: List[Event]) -> None:
-        """Raises BrokenPipeError when nobody reads any more."""
-        lines = []
+        """Stops the run when nobody reads any more; what is not written by then is lost."""
+        waiting: List[Account] = []
+        data = b""
         for event in events:
             account = self.accounts[event.name]
             account.matched += 1
             account.passed += 1
             account.alerts += 1
-            account.delivered += 1
-            lines.append(format_event(resolve_path(event)) + "\n")
-        if lines:
-            sys.stdout.buffer.write("".join(lines).encode("utf-8", "backslashreplace"))
-            sys.stdout.buffer.flush()
+            waiting.append(account)
+            data += (format_event(resolve_path(event)) + "\n").encode("utf-8", "backslashreplace")
+            if len(data) >= self.CHUNK:
+                self.settle(waiting, self.write(data))
+                waiting, data = [], b""
+        self.settle(waiting, self.write(data))
+
+    @staticmethod
+    def settle(waiting: List[Account], written: bool) -> None:
+        for account in waiting:
+            if written:
+                account.deliver(1)
+            else:
+                account.lose("not_written", 1)
+
+    def write(self, data: bytes) -> bool:
+        """Whether all of it was written; a reader that stalls is waited for until a signal stops the run."""
+        while data and not self.failed:
+            try:
+                if select.select([], [1], [], POLL_INTERVAL)[1]:
+                    data = data[os.write(1, data[:self.CHUNK]):]
+                elif self.stop.stopped:
+                    self.failed = True
+            except OSError as error:
+                if error.errno != errno.EPIPE:
+                    say(f"cannot write to stdout: {error.strerror}")
+                self.failed = self.stop.stopped = True
+        return not data
 
 
 # ======================================================================================================================
@@ -2630,6 +3389,7 @@ class Collector:
         self.lock = threading.Lock()
         self.counts: Dict[Received, int] = collections.defaultdict(int)
         self.alerts: Dict[Received, int] = collections.defaultdict(int)
+        self.latest: Dict[str, int] = {}  # agent -> sequence number of its latest alert
         futures = importlib.import_module("concurrent.futures")
         self.server = self.grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         handler = self.grpc.stream_unary_rpc_method_handler(
@@ -2642,8 +3402,8 @@ class Collector:
         except RuntimeError:
             self.port = 0
         if not self.port:
-            raise TraceleftError(f"cannot listen on {address}: is the port taken? 'ss -ltnp' tells by whom; "
-                                 "--listen HOST:PORT takes another")
+            raise TraceleftError(f"cannot listen on {address}: the port is taken ('ss -ltnp' tells by whom) or the "
+                                 "address is not this host's; --listen HOST:PORT takes another")
         self.server.start()
 
     def process(self, stream: Iterable[Any], context: Any) -> Any:
@@ -2651,6 +3411,9 @@ class Collector:
         metrics = list(stream)
         with self.lock:
             for metric in metrics:
+                if metric.Agent and metric.Sequence <= self.latest.get(metric.Agent, 0):
+                    continue  # sent again, because our acknowledgement did not arrive
+                self.latest[metric.Agent] = metric.Sequence
                 key = Received(metric.Host or context.peer(), metric.CommonEvent.Name)
                 self.counts[key] += metric.Count
                 self.alerts[key] += 1
@@ -2713,34 +3476,33 @@ def command_trace(options: argparse.Namespace) -> int:
     for warning in spec.warnings if spec else ():
         say(f"warning: {warning}")
     with StopSignals() as stop:
-        tracer = Tracer(plan, options.ring_size, options.verbose)
+        tracer = Tracer(plan, Tables(spec.filters) if spec else None, options.ring_size, options.verbose)
         try:
+            check_summary(options.summary)
             tracer.load()
-            with open_summary(options.summary) as summary:
-                if spec:
-                    return trace_spec(tracer, spec, stop, options, summary)
-                return trace_print(tracer, stop, options, summary)
+            return trace_spec(tracer, spec, stop, options) if spec else trace_print(tracer, stop, options)
         finally:
             tracer.close()
 
 
-class open_summary:
-    """The stream that --summary names, open before anything is attached; a context manager."""
+def check_summary(path: Optional[str]) -> None:
+    """Raises TraceleftError when --summary could not be written at the end."""
+    code = write_problem(path) if path not in (None, "-") and path is not None else 0
+    if code:
+        raise TraceleftError(f"cannot write --summary {escape(path or '')}: {os.strerror(code)}")
 
-    def __init__(self, path: Optional[str]) -> None:
-        self.path, self.stream = path, None if path != "-" else sys.stdout
 
-    def __enter__(self) -> Optional[TextIO]:
-        if self.path is not None and self.stream is None:
-            try:
-                self.stream = Path(self.path).open("w", encoding="utf-8")
-            except OSError as error:
-                raise TraceleftError(f"cannot write --summary {escape(self.path)}: {error.strerror}") from None
-        return self.stream
-
-    def __exit__(self, *exception: object) -> None:
-        if self.stream is not None and self.stream is not sys.stdout:
-            self.stream.close()
+def write_summary(path: Optional[str], result: Dict[str, Any]) -> None:
+    text = json.dumps(result) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    elif path is not None:
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TraceleftError(f"cannot write --summary {escape(path)}: {error.strerror}; it is: {text.strip()}"
+                                 ) from None
 
 
 def say_ready(tracer: Tracer, what: str) -> None:
@@ -2748,64 +3510,66 @@ def say_ready(tracer: Tracer, what: str) -> None:
     say(f"ready: {what}; attached to {names}")
 
 
-def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
-               summary: Optional[TextIO]) -> int:
+def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
-    aggregator = Aggregator(spec, insecure=options.collector_insecure)
+    aggregator = Aggregator(spec, insecure=options.collector_insecure,
+                            counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
     accounts = list(aggregator.accounts.values())
+    counts = KernelCounts(tracer, aggregator)
     status = StatusLine(lambda: {
         "matched": sum(account.matched for account in accounts), "passed": sum(account.passed for account in accounts),
         "alerts": sum(account.alerts for account in accounts),
         "lost": sum(sum(account.lost.values()) for account in accounts)})
 
-    def tick(now: float) -> None:
-        aggregator.tick(now)
-        status.tick(now)
-
     def handle(events: List[Event]) -> None:
         for event in events:
             aggregator.add(event)
 
+    def tick() -> None:
+        counts.tick(handle)
+        aggregator.flush(time.time())
+        status.tick()
+
     try:
-        aggregator.tick(time.time())
         tracer.attach()
         say_ready(tracer, f"{len(spec.filters)} filter{'s' if len(spec.filters) > 1 else ''}")
         run_loop(tracer, handle, tick, stop, options.duration)
-        aggregator.flush(time.time())
+        tick()
     finally:
         aggregator.close()
         status.clear()
-    return report(tracer, accounts, summary)
+    return report(tracer, accounts, options.summary)
 
 
-def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace, summary: Optional[TextIO]) -> int:
+def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace) -> int:
     """Prints every event until stopped, or until nobody reads."""
-    printer = Printer(tracer.plan)
+    printer = Printer(tracer.plan, stop)
     tracer.attach()
     say_ready(tracer, "printing every event")
-    try:
-        run_loop(tracer, printer.print_events, lambda now: None, stop, options.duration)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered has nowhere to go
-        tracer.detach()
-    return report(tracer, list(printer.accounts.values()), summary)
+    run_loop(tracer, printer.print_events, lambda: None, stop, options.duration)
+    return report(tracer, list(printer.accounts.values()), options.summary)
 
 
-def report(tracer: Tracer, accounts: List[Account], summary: Optional[TextIO]) -> int:
+def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> int:
     """Prints the accounting; returns the exit code. Raises BalanceError when it does not add up."""
-    unseen = tracer.unseen()
-    for account in accounts:
-        for cause, count in unseen[account.event].items() if account.event in unseen else ():
-            account.lose(cause, count)
+    for name, causes in tracer.unseen().items():
+        for account in accounts:
+            if account.event == name and (account.id in tracer.tables.python_ids or not tracer.tables.placements):
+                for cause, count in causes.items():
+                    account.lose(cause, count)
     result = summarize(accounts)
+    lost_samples, misses = tracer.lost_samples(), tracer.recursion_misses()
+    if lost_samples:
+        result["samples_lost"] = lost_samples
+        say(f"{lost_samples} samples did not fit into the ring buffer: their alerts went out without one")
+    if misses:
+        result["recursion_misses"], result["balanced"] = misses, False
+        say(f"the kernel skipped the program for {misses} events, of whatever type: no filter has seen them")
     for line in format_accounting(accounts):
         say(line)
     if result["balanced"]:
         say("balanced: matched = passed + folded, passed = delivered + lost")
-    if summary is not None:
-        json.dump(result, summary)
-        summary.write("\n")
-        summary.flush()
+    write_summary(summary, result)
     if not result["balanced"]:
         raise BalanceError("the accounting does not add up: events were lost before the filters could count them; "
                            "a larger --ring-size or fewer events help")
@@ -2842,19 +3606,50 @@ def command_check(options: argparse.Namespace) -> int:
 
 
 def command_explain(options: argparse.Namespace) -> int:
-    """What runs where. In this version the kernel selects event types and processes; the rest is Python's."""
+    """Per filter: what runs in the kernel and what does not, and why."""
     spec = load_spec(options.spec)
     for warning in spec.warnings:
         say(f"warning: {warning}")
-    for member in spec.filters:
-        names = ", ".join(syscall.name for syscall in syscalls_here(EVENT_TYPES[member.event]))
-        parameters = "; ".join(f"{name}={format_parameter(value)}" for name, value in member.parameters.items())
-        where = "every event matches" if member.rule is None else f"rule {member.rule_text.strip()!r}"
-        print(f"{escape(member.id)}: event {member.event}, channel {escape(member.channel)}\n"
-              f"  kernel: exit tracepoints of {names}; processes by selector; never the tracer's own events\n"
-              f"  python: {where}: every event of this type crosses the ring buffer, rules are not in the kernel yet\n"
-              f"  python: {member.processing} {parameters}; {member.metrics} as {member.format}")
+    tables = Tables(spec.filters)
+    for placement in sorted(tables.placements, key=lambda placement: spec.ids.index(placement.spec.id)):
+        print("\n".join(explain_filter(placement)))
+    print("never traced: the tracer's own events")
     return 0
+
+
+def explain_filter(placement: Placement) -> List[str]:
+    """The lines of one filter."""
+    member = placement.spec
+    names = ", ".join(syscall.name for syscall in syscalls_here(EVENT_TYPES[member.event]))
+    parameters = "; ".join(f"{name}={format_parameter(value)}" for name, value in member.parameters.items() if value)
+    rule = f"rule {escape(member.rule_text.strip())}" if member.rule is not None else "every event matches"
+    counting = f"{member.processing} {parameters}; {member.metrics}"
+    lines = [f"{escape(member.id)}: event {member.event}, channel {escape(member.channel)}",
+             f"  kernel: one exit tracepoint for each of {names}"]
+    if not placement.reasons:
+        return [*lines, f"  kernel: {rule}", f"  kernel: {counting}", "  python: one record a second as "
+                f"{member.format}"]
+    shown = " or ".join(describe_row(row, EVENT_TYPES[member.event]) for row in placement.rows.rows) or "nothing"
+    return [*lines, f"  kernel: lets through {shown}; each such event crosses the ring buffer",
+            f"  python: {rule}", f"  python: {counting}, as {member.format}",
+            f"  because: {', '.join(dict.fromkeys(placement.reasons))} cannot be evaluated in the kernel"]
+
+
+def describe_row(row: Row, event_type: EventType) -> str:
+    """`(startswith(filename, '/tmp/') and …)`, in words where a rule would be hard to read."""
+    names = [argument.name for argument in event_type.arguments]
+    parts = []
+    for dimension, constraint in row.items():
+        name = next((name for name, number in KERNEL_FIELDS.items() if number == dimension.field), "") or \
+            names[dimension.field]
+        if isinstance(constraint, Ranges):
+            parts.append(f"a test of {name}")
+            continue
+        what = {DIMENSION_WHOLE: "", DIMENSION_PREFIX: "the begin of ", DIMENSION_SUFFIX: "the end of "}[dimension.kind]
+        texts = ", ".join(f"'{escape(decode_text(text))}'" for text in sorted(constraint.texts)[:3])
+        more = ", …" if len(constraint.texts) > 3 else ""
+        parts.append(f"{what}{name} {'not in' if constraint.all_but else 'in'} ({texts}{more})")
+    return f"({' and '.join(parts)})" if parts else "every event"
 
 
 def format_parameter(value: Any) -> str:
@@ -2918,8 +3713,9 @@ def build_parser() -> Parser:
     trace.add_argument("--duration", type=parse_duration, metavar="SECONDS", help="stop after this time")
     trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
     trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
-    trace.add_argument("--ring-size", type=parse_ring_size, default=DEFAULT_RING_BYTES, metavar="BYTES",
-                       help=f"ring buffer, a power of two (default {DEFAULT_RING_BYTES})")
+    trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
+                       help=f"ring buffer, a power of two (default {SAMPLE_RING_BYTES}, or {STREAM_RING_BYTES} where "
+                            "events are printed or a rule needs Python)")
     trace.add_argument("-v", "--verbose", action="store_true", help="show libbpf's log")
     trace.set_defaults(run=command_trace)
 
@@ -2951,18 +3747,30 @@ EXIT_CODES = """exit codes:
   4  the accounting did not add up"""
 
 
+def open_streams() -> None:
+    """Makes stdin, stdout and stderr usable where they are closed or cannot show every character."""
+    while True:  # a channel must not become descriptor 1
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            break
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w", closefd=False))  # noqa: PTH123, SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Runs one command; returns the exit code."""
     try:
+        open_streams()
         options = build_parser().parse_args(argv)
         code: int = options.run(options)
         return code
-    except SpecError as error:
+    except TraceleftError as error:
         for text in error.errors:
             say(text)
-        return error.exit_code
-    except TraceleftError as error:
-        say(str(error))
         return error.exit_code
     except BrokenPipeError:  # of `events | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

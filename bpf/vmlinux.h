@@ -29,6 +29,10 @@ enum bpf_map_type {
 };
 
 enum {
+	BPF_NOEXIST = 1, /* for bpf_map_update_elem() */
+};
+
+enum {
 	BPF_RB_NO_WAKEUP = 1ULL << 0,
 	BPF_RB_FORCE_WAKEUP = 1ULL << 1,
 	BPF_RB_AVAIL_DATA = 0, /* for bpf_ringbuf_query() */
