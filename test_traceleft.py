@@ -1649,6 +1649,25 @@ class TestTracer:
         assert any(record["sample"] is None for record in records)
         assert any("went out without one" in line for line in agent.stderr)
 
+    def test_a_flood_for_python_costs_the_others_nothing(self, programs, tmp_path):
+        """One filter needs Python for every open and drowns; the one beside it has all its counts and samples."""
+        spec = a_spec("'nowhere' in filename", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["events"].append({**spec["events"][0], "id": "kernel", "rule": f"filename == '{tmp_path}/f'"})
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--ring-size", 65536, "--duration", "3",
+                   "--summary", "-") as agent:
+            begin = time.monotonic()
+            floods = [subprocess.Popen([programs["opens"], tmp_path / "f", "700000"]) for _ in range(2)]
+            code, output = agent.finish()
+            assert time.monotonic() - begin < 10
+            for flood in floods:
+                flood.kill()
+                flood.wait()
+        summary = json.loads(output)
+        python, kernel = summary["filters"]
+        assert code == 4 and python["lost"]["ring_full"] > 0  # said, not hidden
+        assert kernel["lost"] == {} and kernel["matched"] == kernel["passed"] > 0 and "samples_lost" not in summary
+        assert all(json.loads(line)["sample"] for line in (tmp_path / "log").read_text().splitlines())
+
     def test_a_reader_that_stalls_does_not_hold_up_the_end(self, programs, tmp_path):
         with Agent("trace", "open", "--summary", tmp_path / "summary") as agent:
             subprocess.run([programs["opens"], tmp_path / "f", "20000"], check=True)  # more than a pipe takes

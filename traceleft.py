@@ -1139,7 +1139,7 @@ class Sigma:
         """Counts a matched event and says whether it passes."""
         group = self.group(event)
         second = event.timestamp_ns // 1_000_000_000 if self.event_time else self.second
-        if group.second < second:
+        if second > group.second or second < group.second - 1:  # a CPU that is late counts in the second that has begun
             group.second, group.received = second, 0
         group.received += 1
         if group.received <= self.threshold:
@@ -2358,6 +2358,13 @@ class GrpcChannel(Channel):
         self.failing = False
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
 
+    def problem(self) -> Optional[str]:
+        import_optional("grpc")
+        import_optional("google.protobuf")
+        if not self.insecure:
+            system_roots()
+        return None
+
     def open(self) -> None:
         self.grpc = import_optional("grpc")
         self.wire = build_wire()
@@ -2714,6 +2721,7 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "bpf_map_lookup_elem":                (_int,     (_int, _pointer, _pointer)),
     "bpf_obj_get_info_by_fd":             (_int,     (_int, _pointer, ctypes.POINTER(ctypes.c_uint32))),
     "ring_buffer__new":                   (_pointer, (_int, SampleCallback, _pointer, _pointer)),
+    "ring_buffer__add":                   (_int,     (_pointer, _int, SampleCallback, _pointer)),
     "ring_buffer__epoll_fd":              (_int,     (_pointer,)),
     "ring_buffer__consume":               (_int,     (_pointer,)),
     "ring_buffer__free":                  (None,     (_pointer,)),
@@ -2780,7 +2788,7 @@ BTF_PATH = "/sys/kernel/btf/vmlinux"
 TRACEFS_PATHS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 MIN_KERNEL = (5, 15)
 STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 400,000 records of a short path
-SAMPLE_RING_BYTES = 1 << 20    # where only samples are: those of a second, of 1,000 filters and 800-byte paths
+SAMPLE_RING_BYTES = 1 << 20    # for samples: those of a second, of 1,000 filters and 800-byte paths
 BATCH = 4096                   # records read at once: between two batches the loop sees signals and the time
 DRAIN_TIMEOUT = 1.0            # seconds for programs that were running at the time of the detach to finish
 
@@ -2925,7 +2933,8 @@ class Tracer:
             self.plan = plan_selectors([parse_selector(s) if isinstance(s, str) else s for s in texts])
         self.tables = tables if tables is not None else Tables((), self.plan)
         self.streams = any(member.spec is None for member in self.tables.filters)
-        self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else SAMPLE_RING_BYTES)
+        self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else os.sysconf("SC_PAGE_SIZE"))
+        self.sample_ring_bytes = min(ring_bytes or SAMPLE_RING_BYTES, SAMPLE_RING_BYTES)
         self.verbose = verbose
         self.tick = 1          # tags samples: each filter takes one a tick
         self.samples: Dict[int, List[Tuple[int, Event]]] = {}  # filter -> (tick, sample), at most two
@@ -2993,12 +3002,13 @@ class Tracer:
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
         self.bpf.call("bpf_program__set_autoload", self.program("feed"), False)
         tables = self.tables
-        for name, entries in {
-                "events": self.ring_bytes, "sources": len(self.sources), "matchers": len(EVENT_NAMES),
-                "processes": sum(len(wanted.pids) for wanted in self.plan.values()), "vectors": len(tables.vectors),
-                "bounds": len(tables.bounds), "texts": len(tables.texts), "literals": len(tables.literals),
-                "rows": len(tables.rows), "filters": len(tables.filters), "filter_states": len(tables.filters),
-                "filter_counts": len(tables.filters), "groups": tables.group_count}.items():
+        sizes = {
+            "events": self.ring_bytes, "samples": self.sample_ring_bytes, "sources": len(self.sources),
+            "processes": sum(len(wanted.pids) for wanted in self.plan.values()), "matchers": len(EVENT_NAMES),
+            "vectors": len(tables.vectors), "bounds": len(tables.bounds), "texts": len(tables.texts),
+            "literals": len(tables.literals), "rows": len(tables.rows), "filters": len(tables.filters),
+            "filter_states": len(tables.filters), "filter_counts": len(tables.filters), "groups": tables.group_count}
+        for name, entries in sizes.items():
             self.bpf.call("bpf_map__set_max_entries", self.map(name), max(entries, 1))
 
     def program(self, name: str) -> Any:
@@ -3034,7 +3044,9 @@ class Tracer:
 
     def open_ring(self) -> None:
         fd = self.map_fd("events")
-        self.ring = self.bpf.call("ring_buffer__new", fd, self.sample_callback, None, None)
+        # samples first: libbpf reads the rings in this order, and stops in the second when a batch is full
+        self.ring = self.bpf.call("ring_buffer__new", self.map_fd("samples"), self.sample_callback, None, None)
+        self.bpf.call("ring_buffer__add", self.ring, fd, self.sample_callback, None)
         self.epoll = select.epoll.fromfd(os.dup(self.bpf.call("ring_buffer__epoll_fd", self.ring)))
         # Level-triggered, the descriptor is ready whenever a single record is pending, although the kernel side wakes
         # only when many are: edge-triggered, it is ready when it was woken.
@@ -3276,8 +3288,6 @@ class KernelCounts:
         ended = self.tracer.next_tick()
         counts = self.tracer.read_counts()
         handle(self.tracer.poll())
-        while self.tracer.more:
-            handle(self.tracer.poll())
         for index, state in self.states:
             new, old = counts[index], self.before[index]
             if new.matched != old.matched:
@@ -3714,8 +3724,8 @@ def build_parser() -> Parser:
     trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
     trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
     trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
-                       help=f"ring buffer, a power of two (default {SAMPLE_RING_BYTES}, or {STREAM_RING_BYTES} where "
-                            "events are printed or a rule needs Python)")
+                       help=f"ring buffer, a power of two (default {STREAM_RING_BYTES} where events are printed or a "
+                            f"rule needs Python; for samples at most {SAMPLE_RING_BYTES})")
     trace.add_argument("-v", "--verbose", action="store_true", help="show libbpf's log")
     trace.set_defaults(run=command_trace)
 

@@ -73,10 +73,11 @@ MAP(ticks, ARRAY, 1, __u32, __u32); /* set by traceleft.py each second */
 MAP(scratch, PERCPU_ARRAY, 1, __u32, struct record);
 MAP(synthetic, ARRAY, 1, __u32, struct record); /* the event for the program `feed` */
 
+/* Two, so that a flood of streamed events costs no filter its sample. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} events SEC(".maps");
+	__uint(max_entries, 4096);
+} samples SEC(".maps"), events SEC(".maps");
 
 /* The context of syscalls/sys_exit_*: struct syscall_tp_t in kernel/trace/trace_syscalls.c. */
 struct sys_exit_context {
@@ -451,13 +452,10 @@ static __always_inline struct group *find_group(const struct record *record, con
 	return bpf_map_lookup_elem(&groups, &key);
 }
 
-/* Completes the record and puts it into the ring. */
-static __always_inline void submit(struct record *record, const struct source *source, __u32 filter, __u32 tick,
-				   struct filter_counts *counts)
+/* Completes the record, but for its data. */
+static __always_inline void complete(struct record *record, const struct source *source, __u32 filter, __u32 tick)
 {
 	struct event_header *header = &record->header;
-	__u64 wakeup = BPF_RB_NO_WAKEUP, pending;
-	__u32 used;
 
 	fetch(record, source, ~0U);
 	for (int i = 0; i < MAX_ARGS; i++)
@@ -475,14 +473,27 @@ static __always_inline void submit(struct record *record, const struct source *s
 	header->version = RECORD_VERSION;
 	header->filter = filter;
 	header->tick = tick;
-	used = record->used;
-	if (used > DATA_SIZE) /* never: for the verifier */
+}
+
+/* Puts the record into the ring of samples, which is read each second, or of streamed events. */
+static __always_inline void submit(struct record *record, const struct filter *filter, struct filter_counts *counts)
+{
+	__u32 size = sizeof(record->header) + record->used;
+	__u64 pending;
+	long full;
+
+	if (size > sizeof(record->header) + DATA_SIZE) /* never: for the verifier */
 		return;
-	/* Only the record that crosses the mark wakes the reader: behind it, the reader is awake and has not caught up. */
-	pending = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
-	if (pending < wakeup_bytes && pending + sizeof(*header) + used >= wakeup_bytes)
-		wakeup = BPF_RB_FORCE_WAKEUP;
-	if (bpf_ringbuf_output(&events, header, sizeof(*header) + used, wakeup))
+	if (filter->flags & FILTER_STREAM) {
+		/* Only the record that crosses the mark wakes the reader: behind it, it is awake and has not caught up. */
+		pending = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
+		full = bpf_ringbuf_output(&events, &record->header, size,
+					  pending < wakeup_bytes && pending + size >= wakeup_bytes ? BPF_RB_FORCE_WAKEUP :
+												     BPF_RB_NO_WAKEUP);
+	} else {
+		full = bpf_ringbuf_output(&samples, &record->header, size, BPF_RB_NO_WAKEUP);
+	}
+	if (full)
 		counts->ring_full++;
 	else
 		counts->submitted++;
@@ -517,7 +528,8 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 		if (state->sampled == *tick || __sync_lock_test_and_set(&state->sampled, *tick) == *tick)
 			return 0;
 	}
-	submit(record, source, filter_index, *tick, counts);
+	complete(record, source, filter_index, *tick);
+	submit(record, filter, counts);
 	return 0;
 }
 
