@@ -3777,13 +3777,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         open_streams()
         options = build_parser().parse_args(argv)
         code: int = options.run(options)
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code
     except TraceleftError as error:
         for text in error.errors:
             say(text)
         return error.exit_code
     except BrokenPipeError:  # of `events | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered has nowhere to go
         return 0
     except KeyboardInterrupt:
         return 0
