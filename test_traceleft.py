@@ -2112,6 +2112,11 @@ class TestBadHosts:
     def test_a_summary_that_cannot_be_written(self, tmp_path):
         assert_one_line(run("trace", "open", "--summary", tmp_path / "missing/s"), 1, "cannot write --summary")
 
+    def test_a_summary_to_a_fifo_that_nobody_reads(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        done = run("trace", "mkdir", "--duration", "0.2", "--summary", tmp_path / "fifo")
+        assert done.returncode == 1 and "cannot write --summary" in done.stderr and '"balanced": true' in done.stderr
+
     def test_the_log_of_libbpf_is_shown_with_v(self):
         assert "libbpf:" in run("trace", "mkdir", "--duration", "0.2", "-v").stderr
 

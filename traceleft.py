@@ -3509,7 +3509,10 @@ def write_summary(path: Optional[str], result: Dict[str, Any]) -> None:
         sys.stdout.flush()
     elif path is not None:
         try:
-            Path(path).write_text(text, encoding="utf-8")
+            # O_NONBLOCK: a FIFO that nobody reads is an error
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             raise TraceleftError(f"cannot write --summary {escape(path)}: {error.strerror}; it is: {text.strip()}"
                                  ) from None
