@@ -28,10 +28,13 @@ import ctypes
 import datetime
 import difflib
 import errno
+import fcntl
 import fnmatch
 import importlib
+import ipaddress
 import itertools
 import json
+import mmap
 import operator
 import platform
 import re
@@ -42,11 +45,12 @@ import socket
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import uuid
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
                     NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
@@ -120,9 +124,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 # enum argument_kind in bpf/traceleft.h
 (KIND_NONE, KIND_SIGNED, KIND_UNSIGNED, KIND_CONSTANT, KIND_MEMORY,
- KIND_STRING, KIND_BUFFER_IN, KIND_BUFFER_OUT, KIND_FD, KIND_DFD) = range(10)
+ KIND_STRING, KIND_BUFFER_IN, KIND_BUFFER_OUT, KIND_FD, KIND_DFD, KIND_ARGV) = range(11)
 MAX_ARGS = 6
+MAX_SLOTS = 8  # values of an event's arguments: an IPv6 address takes two
+MAX_FILES = 2  # descriptor arguments whose paths are shown
 AT_FDCWD = -100  # include/uapi/linux/fcntl.h
+TRACEFS_PATHS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
 class ArgumentType(NamedTuple):
@@ -131,31 +138,61 @@ class ArgumentType(NamedTuple):
     kind: int
     bits: int  # width of the C type in the syscall's prototype; the rest of its register is undefined
     wire: str  # protobuf scalar type in the wire contract
-    is_descriptor: bool = False  # printed with the path of its file
+    show: Callable[[Any], str] = str
+    address_bits: int = 0   # of an IP address: 32 or 128
+    is_cooked: bool = False  # text that is made here of what the kernel side captured
 
     @property
     def is_text(self) -> bool:
         """Whether the value is a str (bytes decoded with surrogateescape) and not an int."""
-        return KIND_STRING <= self.kind <= KIND_BUFFER_OUT
+        return KIND_STRING <= self.kind <= KIND_BUFFER_OUT or self.kind == KIND_ARGV
 
     @property
     def is_signed(self) -> bool:
         """Whether the value is a signed 64-bit integer, and not an unsigned one."""
         return self.kind in (KIND_SIGNED, KIND_FD, KIND_DFD)
 
+    @property
+    def is_descriptor(self) -> bool:
+        """Whether it is printed with the path of its file."""
+        return self.kind in (KIND_FD, KIND_DFD)
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is the begin of what was read or written."""
+        return self.kind in (KIND_BUFFER_IN, KIND_BUFFER_OUT) and not self.is_cooked
+
+
+def show_ipv4(value: int) -> str:
+    return socket.inet_ntop(socket.AF_INET, value.to_bytes(4, "big"))
+
+
+def show_ipv6(value: int) -> str:
+    return socket.inet_ntop(socket.AF_INET6, value.to_bytes(16, "big"))
+
 
 ARGUMENT_TYPES: Dict[str, ArgumentType] = {
     # name                   kind            bits  wire       C type in the kernel's prototypes
     "int":      ArgumentType(KIND_SIGNED,     32, "int64"),   # int; in a struct, a u64
+    "uint":     ArgumentType(KIND_UNSIGNED,   32, "uint64"),  # unsigned int
+    "long":     ArgumentType(KIND_SIGNED,     64, "int64"),   # long, loff_t
+    "ulong":    ArgumentType(KIND_UNSIGNED,   64, "uint64"),  # unsigned long
     "mode":     ArgumentType(KIND_UNSIGNED,   16, "uint64"),  # umode_t
     "id":       ArgumentType(KIND_UNSIGNED,   32, "uint32"),  # uid_t, gid_t
     "size":     ArgumentType(KIND_UNSIGNED,   64, "int64"),   # size_t
-    "fd":       ArgumentType(KIND_FD,         32, "uint64", True),  # unsigned int, an int to libc
-    "closed":   ArgumentType(KIND_SIGNED,     32, "uint64", True),  # the same, free at exit: another file's by then
-    "dfd":      ArgumentType(KIND_DFD,        32, "int64", True),   # int: a directory's descriptor or AT_FDCWD
+    "address":  ArgumentType(KIND_UNSIGNED,   64, "uint64", hex),  # a pointer that is not followed
+    "fd":       ArgumentType(KIND_FD,         32, "uint64"),  # unsigned int, an int to libc
+    "dfd":      ArgumentType(KIND_DFD,        32, "int64"),   # int: a directory's descriptor or AT_FDCWD
+    "path":     ArgumentType(KIND_STRING,      0, "bytes"),   # const char *: a file's name, behind the dfd before it
     "string":   ArgumentType(KIND_STRING,      0, "bytes"),   # const char *
+    "argv":     ArgumentType(KIND_ARGV,        0, "bytes"),   # const char *const *: joined with spaces
     "written":  ArgumentType(KIND_BUFFER_IN,   0, "bytes"),   # const void *, as long as the argument `count`
     "filled":   ArgumentType(KIND_BUFFER_OUT,  0, "bytes"),   # void *, as long as the return value
+    "sockaddr": ArgumentType(KIND_BUFFER_IN,  64, "bytes", is_cooked=True),  # as long as the argument behind it
+    "ipv4":     ArgumentType(KIND_UNSIGNED,   32, "uint32", show_ipv4, 32),
+    "ipv6":     ArgumentType(KIND_UNSIGNED,  128, "string", show_ipv6, 128),
+    "port":     ArgumentType(KIND_UNSIGNED,   16, "uint32"),
+    "inode":    ArgumentType(KIND_UNSIGNED,   32, "uint32"),  # of a namespace
 }
 
 
@@ -166,6 +203,7 @@ class Argument(NamedTuple):
     type_name: str
     type: ArgumentType
     label: str  # the name as it is printed: CamelCase
+    slot: int   # place of its value, or of the first of two, in a record
     is_text: bool
     is_signed: bool
 
@@ -175,15 +213,15 @@ class Syscall(NamedTuple):
 
     name: str
     sources: Tuple[str, ...]  # per argument `N` (register), `=N` (constant) or `*N+M` (u64 at register N, offset M)
-    presence: str             # key of PRESENCE
+    stands_in: bool           # only on architectures that lack the event's own syscall
+    only_fdcwd: Tuple[int, ...]  # registers that have to be AT_FDCWD
+    dfd: Optional[int]        # register of the descriptor that the path is relative to, where it is no argument
+    condition: Optional[Tuple[int, int]]  # register and the value that it has to have
 
-
-PRESENCE = {
-    "": "always there",
-    "?": "only on architectures with the old syscalls, such as x86_64",
-    "!": "only where the architecture lacks the old ones, and only with AT_FDCWD",
-    "~": "only on newer kernels",
-}
+    @property
+    def tracepoint(self) -> str:
+        """Its name in syscalls/sys_enter_* and sys_exit_*: that of the kernel's function."""
+        return TRACEPOINT_NAMES.get(self.name, self.name)
 
 
 @dataclass(frozen=True)
@@ -193,12 +231,42 @@ class EventType:
     name: str
     arguments: Tuple[Argument, ...]
     syscalls: Tuple[Syscall, ...]
-    metric_field: int  # number of this event's message in the wire contract's Metric
+    traits: FrozenSet[str]  # of TRAITS
+    metric_field: int = 0   # number of this event's message in the wire contract's Metric; 0: it has none of its own
 
     @property
     def message(self) -> str:
         """Name of this event's protobuf message."""
-        return f"Protobuf{camel_case(self.name)}Event"
+        family = self.name.rpartition("_")[2]
+        return f"ProtobufConnect{family.upper()}Event" if self.is_tcp else f"Protobuf{camel_case(self.name)}Event"
+
+    @property
+    def is_tcp(self) -> bool:
+        """Whether it is an event of a TCP connection, and not a syscall."""
+        return "tcp" in self.traits
+
+    @property
+    def path_argument(self) -> Optional[int]:
+        """The argument that `path` comes from: a name, or else a descriptor."""
+        for kinds in (("path",), ("fd", "dfd")):
+            for index, argument in enumerate(self.arguments):
+                if argument.type_name in kinds:
+                    return index
+        return None
+
+    @property
+    def descriptors(self) -> List[int]:
+        """The arguments whose files are shown."""
+        return [i for i, argument in enumerate(self.arguments) if argument.type.is_descriptor][:MAX_FILES]
+
+
+TRAITS = {
+    "entry":   "arguments and path are read at entry: at exit they are gone",
+    "silent":  "the call does not return: it is an event at entry",
+    "opens":   "the file is that of the returned descriptor",
+    "exec":    "the file is the program that the process runs afterwards",
+    "tcp":     "no syscall: a change of a TCP connection's state",
+}
 
 
 def camel_case(name: str) -> str:
@@ -206,62 +274,328 @@ def camel_case(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def parse_event_row(name: str, metric_field: int, arguments: str, syscalls: str) -> EventType:
-    """An EventType from the columns of EVENT_ROWS."""
-    parsed = []
-    for word in syscalls.split():
-        match = re.fullmatch(r"(\w+)([?!~]?):(\S+)", word)
-        assert match, word
-        parsed.append(Syscall(match[1], tuple(match[3].split(",")), match[2]))
-    named = []
-    for word in arguments.split():
-        argument, type_name = word.split(":")
+SYSCALL_WORD = re.compile(r"(?P<name>\w+)(?P<in>!(?P<cwd>\d*))?(@(?P<dfd>\d))?(\[(?P<reg>\d)=(?P<value>\d+)\])?"
+                          r"(:(?P<sources>\S+))?")
+
+
+def parse_syscall(word: str, arguments: int) -> Syscall:
+    """`NAME`, `NAME!`: instead of it, `!0`: with AT_FDCWD in register 0, `@0`: dfd, `[2=0]`: condition, `:SOURCES`."""
+    match = SYSCALL_WORD.fullmatch(word)
+    assert match, word
+    sources = match["sources"].split(",") if match["sources"] else [str(i) for i in range(arguments)]
+    return Syscall(match["name"], tuple(sources), match["in"] is not None, tuple(map(int, match["cwd"] or "")),
+                   int(match["dfd"]) if match["dfd"] else None,
+                   (int(match["reg"]), int(match["value"])) if match["reg"] else None)
+
+
+def parse_arguments(words: str) -> Tuple[Argument, ...]:
+    """`fd:fd count:size` as Arguments."""
+    named: List[Argument] = []
+    slot = 0
+    for word in words.split():
+        name, type_name = word.split(":")
         kind = ARGUMENT_TYPES[type_name]
-        named.append(Argument(argument, type_name, kind, camel_case(argument), kind.is_text, kind.is_signed))
-    return EventType(name, tuple(named), tuple(parsed), metric_field)
+        named.append(Argument(name, type_name, kind, camel_case(name), slot, kind.is_text, kind.is_signed))
+        slot += 2 if kind.bits > 64 else 1
+    return tuple(named)
 
 
-# Per syscall: NAME PRESENCE : for each argument of the event, where it is found (class Syscall says how to read it).
+def parse_event_row(name: str, arguments: str, syscalls: str = "", traits: str = "", metric_field: int = 0
+                    ) -> EventType:
+    """An EventType from the columns of EVENT_ROWS."""
+    named = parse_arguments(arguments)
+    parsed = tuple(parse_syscall(word, len(named)) for word in (syscalls or name).split())
+    return EventType(name, named, () if traits == "tcp" else parsed, frozenset(traits.split()), metric_field)
+
+
+CONNECTION_V4 = "saddr:ipv4 daddr:ipv4 sport:port dport:port netns:inode"
+CONNECTION_V6 = CONNECTION_V4.replace("ipv4", "ipv6")
+
+# The syscalls are those behind the libc function of that name; without any, the one of that name with the arguments in
+# its order. parse_syscall() says how each is written.
 EVENT_ROWS = (
-    # name     Metric  arguments                                               syscalls
-    ("open",     14, "filename:string flags:int mode:mode",
-     "open?:0,1,2 creat?:0,=577,1 openat:1,2,3 openat2:1,*2+0,*2+8"),          # 577: O_CREAT|O_WRONLY|O_TRUNC
-    ("close",     7, "fd:closed",                                            "close:0"),
-    ("read",     15, "fd:fd buf:filled count:size",                          "read:0,1,2"),
-    ("write",    16, "fd:fd buf:written count:size",                         "write:0,1,2"),
-    ("mkdir",    12, "pathname:string mode:mode",                            "mkdir?:0,1 mkdirat!:1,2"),
-    ("mkdirat",  13, "dfd:dfd pathname:string mode:mode",                    "mkdirat:0,1,2"),
-    ("chmod",     5, "filename:string mode:mode",                            "chmod?:0,1 fchmodat!:1,2"),
-    ("fchmod",    8, "fd:fd mode:mode",                                      "fchmod:0,1"),
-    ("fchmodat",  9, "dfd:dfd filename:string mode:mode",                    "fchmodat:0,1,2 fchmodat2~:0,1,2"),
-    ("chown",     6, "filename:string user:id group:id",                     "chown?:0,1,2 fchownat!:1,2,3"),
-    ("fchown",   10, "fd:fd user:id group:id",                               "fchown:0,1,2"),
-    ("fchownat", 11, "dfd:dfd filename:string user:id group:id flag:int",    "fchownat:0,1,2,3,4"),
+    # name          arguments                                                syscalls, traits, field in Metric
+    ("open",        "filename:path flags:int mode:mode",                     # 577: O_CREAT|O_WRONLY|O_TRUNC
+     "open creat:0,=577,1 openat@0:1,2,3 openat2@0:1,*2+0,*2+8", "opens", 14),
+    ("close",       "fd:fd",                                                 "", "entry", 7),
+    ("read",        "fd:fd buf:filled count:size",                           "", "", 15),
+    ("write",       "fd:fd buf:written count:size",                          "", "", 16),
+    ("mkdir",       "pathname:path mode:mode",                               "mkdir mkdirat!0:1,2", "", 12),
+    ("mkdirat",     "dfd:dfd pathname:path mode:mode",                       "", "", 13),
+    ("chmod",       "filename:path mode:mode",                               "chmod fchmodat!0:1,2", "", 5),
+    ("fchmod",      "fd:fd mode:mode",                                       "", "", 8),
+    ("fchmodat",    "dfd:dfd filename:path mode:mode",                       "fchmodat fchmodat2", "", 9),
+    ("chown",       "filename:path user:id group:id",                        "chown fchownat!0[4=0]:1,2,3", "", 6),
+    ("fchown",      "fd:fd user:id group:id",                                "", "", 10),
+    ("fchownat",    "dfd:dfd filename:path user:id group:id flag:int",       "", "", 11),
+    ("connect_v4",  CONNECTION_V4,                                           "", "tcp", 3),
+    ("accept_v4",   CONNECTION_V4,                                           "", "tcp", 3),
+    ("close_v4",    CONNECTION_V4,                                           "", "tcp", 3),
+    ("connect_v6",  CONNECTION_V6,                                           "", "tcp", 4),
+    ("accept_v6",   CONNECTION_V6,                                           "", "tcp", 4),
+    ("close_v6",    CONNECTION_V6,                                           "", "tcp", 4),
+    # programs and processes
+    ("execve",      "filename:path argv:argv envp:address",                  "", "entry exec"),
+    ("execveat",    "dfd:dfd pathname:path argv:argv envp:address flags:int", "", "entry exec"),
+    ("exit",        "status:int",                                            "exit exit_group", "silent"),
+    ("exit_group",  "status:int",                                            "", "silent"),
+    ("fork",        "",                                                      "fork clone[0=18874385]"),  # as libc does
+    ("vfork",       "",                                                      "vfork clone![0=16657]"),
+    ("clone",       "flags:ulong stack:address parent_tid:address"),
+    ("clone3",      "flags:ulong size:size",                                 "clone3:*0+0,1"),
+    ("kill",        "target:int sig:int"),
+    ("tkill",       "target:int sig:int"),
+    ("tgkill",      "group:int target:int sig:int"),
+    ("ptrace",      "request:long target:long addr:address data:ulong"),
+    ("prctl",       "option:int arg2:ulong arg3:ulong arg4:ulong arg5:ulong"),
+    ("unshare",     "flags:ulong"),
+    ("setns",       "fd:fd flags:int"),
+    ("seccomp",     "op:uint flags:uint args:address"),
+    ("bpf",         "cmd:int attr:address size:uint"),
+    ("init_module", "image:address len:size param:string"),
+    ("finit_module", "fd:fd param:string flags:int"),
+    ("delete_module", "name_user:string flags:uint"),
+    # users
+    ("setuid",      "user:id"),
+    ("setgid",      "group:id"),
+    ("setreuid",    "ruser:id euser:id"),
+    ("setregid",    "rgroup:id egroup:id"),
+    ("setresuid",   "ruser:id euser:id suser:id"),
+    ("setresgid",   "rgroup:id egroup:id sgroup:id"),
+    ("setfsuid",    "user:id"),
+    ("setfsgid",    "group:id"),
+    ("setgroups",   "size:int list:address"),
+    # names
+    ("unlink",      "pathname:path",                                         "unlink unlinkat!0[2=0]:1"),
+    ("unlinkat",    "dfd:dfd pathname:path flag:int"),
+    ("rmdir",       "pathname:path",                                         "rmdir unlinkat!0[2=512]:1"),
+    ("rename",      "oldname:path newname:path",
+     "rename renameat!02:1,3 renameat2!02[4=0]:1,3"),
+    ("renameat",    "olddfd:dfd oldname:path newdfd:dfd newname:path",       "renameat renameat2![4=0]:0,1,2,3"),
+    ("renameat2",   "olddfd:dfd oldname:path newdfd:dfd newname:path flags:uint"),
+    ("link",        "oldname:path newname:path",                             "link linkat!02[4=0]:1,3"),
+    ("linkat",      "olddfd:dfd oldname:path newdfd:dfd newname:path flags:int"),
+    ("symlink",     "target:string linkpath:path",                           "symlink symlinkat!1:0,2"),
+    ("symlinkat",   "target:string newdfd:dfd linkpath:path"),
+    ("readlink",    "pathname:path buf:filled bufsiz:int",                   "readlink readlinkat!0:1,2,3"),
+    ("readlinkat",  "dfd:dfd pathname:path buf:filled bufsiz:int"),
+    ("mknod",       "filename:path mode:mode dev:uint",                      "mknod mknodat!0:1,2,3"),
+    ("mknodat",     "dfd:dfd filename:path mode:mode dev:uint"),
+    ("access",      "filename:path mode:int",                                "access faccessat!0:1,2"),
+    ("faccessat",   "dfd:dfd filename:path mode:int",                        "faccessat faccessat2"),
+    ("lchown",      "filename:path user:id group:id",                        "lchown fchownat!0[4=256]:1,2,3"),
+    ("truncate",    "filename:path length:long"),
+    ("ftruncate",   "fd:fd length:ulong"),
+    ("fallocate",   "fd:fd mode:int offset:long len:long"),
+    ("utimensat",   "dfd:dfd filename:path times:address flags:int"),
+    ("setxattr",    "pathname:path name:string value:address size:size flags:int"),
+    ("removexattr", "pathname:path name:string"),
+    # directories and mounts
+    ("chdir",       "filename:path"),
+    ("fchdir",      "fd:fd"),
+    ("chroot",      "filename:path"),
+    ("pivot_root",  "new_root:path put_old:path"),
+    ("mount",       "dev_name:string dir_name:path fstype:string flags:ulong data:address"),
+    ("umount2",     "name:path flags:int"),
+    # descriptors
+    ("pread64",     "fd:fd buf:filled count:size pos:long"),
+    ("pwrite64",    "fd:fd buf:written count:size pos:long"),
+    ("dup",         "fildes:fd"),
+    ("dup2",        "oldfd:fd newfd:fd",                                     "dup2 dup3![2=0]:0,1"),
+    ("dup3",        "oldfd:fd newfd:fd flags:int"),
+    ("fcntl",       "fd:fd cmd:uint arg:ulong"),
+    ("ioctl",       "fd:fd cmd:uint arg:ulong"),
+    ("fsync",       "fd:fd"),
+    ("flock",       "fd:fd cmd:uint"),
+    ("getdents64",  "fd:fd dirent:address count:uint"),
+    ("sendfile",    "out_fd:fd in_fd:fd offset:address count:size"),
+    ("memfd_create", "name:string flags:uint"),
+    # memory
+    ("mmap",        "addr:address length:size prot:ulong flags:ulong fd:fd offset:ulong"),
+    ("mprotect",    "addr:address length:size prot:ulong"),
+    ("munmap",      "addr:address length:size"),
+    # sockets
+    ("socket",      "family:int type:int protocol:int"),
+    ("connect",     "fd:fd addr:sockaddr addrlen:int"),
+    ("bind",        "fd:fd addr:sockaddr addrlen:int"),
+    ("listen",      "fd:fd backlog:int"),
+    ("accept",      "fd:fd addr:address addrlen:address"),
+    ("accept4",     "fd:fd addr:address addrlen:address flags:int"),
+    ("shutdown",    "fd:fd how:int"),
+    ("sendto",      "fd:fd buf:written count:size flags:uint addr:sockaddr addrlen:int"),
+    ("recvfrom",    "fd:fd buf:filled count:size flags:uint addr:address addrlen:address"),
 )
-EVENT_TYPES: Dict[str, EventType] = {row[0]: parse_event_row(*row) for row in EVENT_ROWS}
-EVENT_NAMES: Tuple[str, ...] = tuple(EVENT_TYPES)
-EVENT_IDS: Dict[str, int] = {name: index for index, name in enumerate(EVENT_NAMES)}
+EVENT_TYPES: Dict[str, EventType] = {row[0]: parse_event_row(*row) for row in EVENT_ROWS}  # grows, see event_type()
+EVENT_IDS: Dict[str, int] = {name: index for index, name in enumerate(EVENT_TYPES)}
+EVENT_NAMES: List[str] = list(EVENT_TYPES)
 
 assert len(EVENT_TYPES) == len(EVENT_ROWS), "event names are unique"
 assert all(len(s.sources) == len(e.arguments) <= MAX_ARGS for e in EVENT_TYPES.values() for s in e.syscalls)
 assert all(len({a.name for a in e.arguments}) == len(e.arguments) for e in EVENT_TYPES.values())
+assert all(e.traits <= set(TRAITS) for e in EVENT_TYPES.values())
 
 # Fields that every event has: name -> whether it is text. pid is the process (the kernel's tgid), tid the thread.
 COMMON_FIELDS: Dict[str, bool] = {
-    "ret": False, "pid": False, "tid": False, "ppid": False, "uid": False, "gid": False, "comm": True,
-    "program_id": False,
+    "ret": False, "pid": False, "tid": False, "ppid": False, "uid": False, "gid": False, "euid": False, "comm": True,
+    "program_id": False, "mntns": False, "netns": False, "pidns": False,
 }
+PROCESS_FIELDS: Dict[str, bool] = {"exe": True, "cgroup": True, "container": True}  # of syscalls only
+
+# The syscalls by name, with their numbers on x86_64 and on aarch64 where they have one: arch/x86/entry/syscalls/
+# syscall_64.tbl and include/uapi/asm-generic/unistd.h.
+SYSCALL_NUMBERS_TEXT = """
+    read:0:63 write:1:64 open:2 close:3:57 stat:4 fstat:5:80 lstat:6 poll:7 lseek:8:62 mmap:9:222 mprotect:10:226
+    munmap:11:215 brk:12:214 rt_sigaction:13:134 rt_sigprocmask:14:135 rt_sigreturn:15:139 ioctl:16:29
+    pread64:17:67 pwrite64:18:68 readv:19:65 writev:20:66 access:21 pipe:22 select:23 sched_yield:24:124
+    mremap:25:216 msync:26:227 mincore:27:232 madvise:28:233 shmget:29:194 shmat:30:196 shmctl:31:195 dup:32:23
+    dup2:33 pause:34 nanosleep:35:101 getitimer:36:102 alarm:37 setitimer:38:103 getpid:39:172 sendfile:40:71
+    socket:41:198 connect:42:203 accept:43:202 sendto:44:206 recvfrom:45:207 sendmsg:46:211 recvmsg:47:212
+    shutdown:48:210 bind:49:200 listen:50:201 getsockname:51:204 getpeername:52:205 socketpair:53:199
+    setsockopt:54:208 getsockopt:55:209 clone:56:220 fork:57 vfork:58 execve:59:221 exit:60:93 wait4:61:260
+    kill:62:129 uname:63:160 semget:64:190 semop:65:193 semctl:66:191 shmdt:67:197 msgget:68:186 msgsnd:69:189
+    msgrcv:70:188 msgctl:71:187 fcntl:72:25 flock:73:32 fsync:74:82 fdatasync:75:83 truncate:76:45 ftruncate:77:46
+    getdents:78 getcwd:79:17 chdir:80:49 fchdir:81:50 rename:82 mkdir:83 rmdir:84 creat:85 link:86 unlink:87
+    symlink:88 readlink:89 chmod:90 fchmod:91:52 chown:92 fchown:93:55 lchown:94 umask:95:166 gettimeofday:96:169
+    getrlimit:97:163 getrusage:98:165 sysinfo:99:179 times:100:153 ptrace:101:117 getuid:102:174 syslog:103:116
+    getgid:104:176 setuid:105:146 setgid:106:144 geteuid:107:175 getegid:108:177 setpgid:109:154 getppid:110:173
+    getpgrp:111 setsid:112:157 setreuid:113:145 setregid:114:143 getgroups:115:158 setgroups:116:159
+    setresuid:117:147 getresuid:118:148 setresgid:119:149 getresgid:120:150 getpgid:121:155 setfsuid:122:151
+    setfsgid:123:152 getsid:124:156 capget:125:90 capset:126:91 rt_sigpending:127:136 rt_sigtimedwait:128:137
+    rt_sigqueueinfo:129:138 rt_sigsuspend:130:133 sigaltstack:131:132 utime:132 mknod:133 personality:135:92
+    ustat:136 statfs:137:43 fstatfs:138:44 sysfs:139 getpriority:140:141 setpriority:141:140 sched_setparam:142:118
+    sched_getparam:143:121 sched_setscheduler:144:119 sched_getscheduler:145:120 sched_get_priority_max:146:125
+    sched_get_priority_min:147:126 sched_rr_get_interval:148:127 mlock:149:228 munlock:150:229 mlockall:151:230
+    munlockall:152:231 vhangup:153:58 modify_ldt:154 pivot_root:155:41 prctl:157:167 arch_prctl:158
+    adjtimex:159:171 setrlimit:160:164 chroot:161:51 sync:162:81 acct:163:89 settimeofday:164:170 mount:165:40
+    umount2:166:39 swapon:167:224 swapoff:168:225 reboot:169:142 sethostname:170:161 setdomainname:171:162 iopl:172
+    ioperm:173 init_module:175:105 delete_module:176:106 quotactl:179:60 gettid:186:178 readahead:187:213
+    setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 getxattr:191:8 lgetxattr:192:9 fgetxattr:193:10 listxattr:194:11
+    llistxattr:195:12 flistxattr:196:13 removexattr:197:14 lremovexattr:198:15 fremovexattr:199:16 tkill:200:130
+    time:201 futex:202:98 sched_setaffinity:203:122 sched_getaffinity:204:123 set_thread_area:205 io_setup:206:0
+    io_destroy:207:1 io_getevents:208:4 io_submit:209:2 io_cancel:210:3 get_thread_area:211 epoll_create:213
+    remap_file_pages:216:234 getdents64:217:61 set_tid_address:218:96 restart_syscall:219:128 semtimedop:220:192
+    fadvise64:221:223 timer_create:222:107 timer_settime:223:110 timer_gettime:224:108 timer_getoverrun:225:109
+    timer_delete:226:111 clock_settime:227:112 clock_gettime:228:113 clock_getres:229:114 clock_nanosleep:230:115
+    exit_group:231:94 epoll_wait:232 epoll_ctl:233:21 tgkill:234:131 utimes:235 mbind:237:235 set_mempolicy:238:237
+    get_mempolicy:239:236 mq_open:240:180 mq_unlink:241:181 mq_timedsend:242:182 mq_timedreceive:243:183
+    mq_notify:244:184 mq_getsetattr:245:185 kexec_load:246:104 waitid:247:95 add_key:248:217 request_key:249:218
+    keyctl:250:219 ioprio_set:251:30 ioprio_get:252:31 inotify_init:253 inotify_add_watch:254:27
+    inotify_rm_watch:255:28 migrate_pages:256:238 openat:257:56 mkdirat:258:34 mknodat:259:33 fchownat:260:54
+    futimesat:261 newfstatat:262:79 unlinkat:263:35 renameat:264:38 linkat:265:37 symlinkat:266:36
+    readlinkat:267:78 fchmodat:268:53 faccessat:269:48 pselect6:270:72 ppoll:271:73 unshare:272:97
+    set_robust_list:273:99 get_robust_list:274:100 splice:275:76 tee:276:77 sync_file_range:277:84 vmsplice:278:75
+    move_pages:279:239 utimensat:280:88 epoll_pwait:281:22 signalfd:282 timerfd_create:283:85 eventfd:284
+    fallocate:285:47 timerfd_settime:286:86 timerfd_gettime:287:87 accept4:288:242 signalfd4:289:74 eventfd2:290:19
+    epoll_create1:291:20 dup3:292:24 pipe2:293:59 inotify_init1:294:26 preadv:295:69 pwritev:296:70
+    rt_tgsigqueueinfo:297:240 perf_event_open:298:241 recvmmsg:299:243 fanotify_init:300:262 fanotify_mark:301:263
+    prlimit64:302:261 name_to_handle_at:303:264 open_by_handle_at:304:265 clock_adjtime:305:266 syncfs:306:267
+    sendmmsg:307:269 setns:308:268 getcpu:309:168 process_vm_readv:310:270 process_vm_writev:311:271 kcmp:312:272
+    finit_module:313:273 sched_setattr:314:274 sched_getattr:315:275 renameat2:316:276 seccomp:317:277
+    getrandom:318:278 memfd_create:319:279 kexec_file_load:320:294 bpf:321:280 execveat:322:281 userfaultfd:323:282
+    membarrier:324:283 mlock2:325:284 copy_file_range:326:285 preadv2:327:286 pwritev2:328:287
+    pkey_mprotect:329:288 pkey_alloc:330:289 pkey_free:331:290 statx:332:291 io_pgetevents:333:292 rseq:334:293
+    uretprobe:335 uprobe:336 pidfd_send_signal:424:424 io_uring_setup:425:425 io_uring_enter:426:426
+    io_uring_register:427:427 open_tree:428:428 move_mount:429:429 fsopen:430:430 fsconfig:431:431 fsmount:432:432
+    fspick:433:433 pidfd_open:434:434 clone3:435:435 close_range:436:436 openat2:437:437 pidfd_getfd:438:438
+    faccessat2:439:439 process_madvise:440:440 epoll_pwait2:441:441 mount_setattr:442:442 quotactl_fd:443:443
+    landlock_create_ruleset:444:444 landlock_add_rule:445:445 landlock_restrict_self:446:446 memfd_secret:447:447
+    process_mrelease:448:448 futex_waitv:449:449 set_mempolicy_home_node:450:450 cachestat:451:451
+    fchmodat2:452:452 futex_wake:454:454 futex_wait:455:455 futex_requeue:456:456 statmount:457:457
+    listmount:458:458 lsm_get_self_attr:459:459 lsm_set_self_attr:460:460 lsm_list_modules:461:461 mseal:462:462
+    setxattrat:463:463 getxattrat:464:464 listxattrat:465:465 removexattrat:466:466 open_tree_attr:467:467
+    file_getattr:468:468 file_setattr:469:469
+"""
+ARCHITECTURES = ("x86_64", "aarch64")
+SYSCALL_NUMBERS: Dict[str, Tuple[str, ...]] = {
+    words[0]: (*words[1:], "")[:2] for words in (word.split(":") for word in SYSCALL_NUMBERS_TEXT.split())}
+TRACEPOINT_NAMES = {  # where the kernel's function has another name
+    "stat": "newstat", "fstat": "newfstat", "lstat": "newlstat", "uname": "newuname", "umount2": "umount",
+    "sendfile": "sendfile64"}
 
 
-def has_old_syscalls() -> bool:
-    """Whether this architecture has open, mkdir, chmod … beside the *at forms (include/uapi/asm-generic/unistd.h)."""
-    return platform.machine() in ("x86_64", "i386", "i686")
+def syscall_number(name: str) -> Optional[int]:
+    """The syscall's number on this architecture; None where it has none, or when it is newer than this table."""
+    numbers = SYSCALL_NUMBERS.get(name)
+    if numbers is None:
+        return None
+    number = numbers[1 if platform.machine() == "aarch64" else 0]
+    return int(number) if number else None
 
 
 def syscalls_here(event_type: EventType) -> List[Syscall]:
     """The syscalls that make up the event type on this architecture."""
-    absent = "!" if has_old_syscalls() else "?"
-    return [syscall for syscall in event_type.syscalls if syscall.presence != absent]
+    has_own = syscall_number(event_type.name) is not None
+    return [s for s in event_type.syscalls
+            if not (s.stands_in and has_own) and (syscall_number(s.name) is not None or s.name not in SYSCALL_NUMBERS)]
+
+
+C_TYPES = {
+    # C type in a format file -> ours; every pointer that is not here is an address
+    "int": "int", "pid_t": "int", "clockid_t": "int", "timer_t": "int", "mqd_t": "int", "key_t": "int", "rwf_t": "int",
+    "key_serial_t": "int", "qid_t": "uint", "unsigned int": "uint", "unsigned": "uint", "u32": "uint", "__u32": "uint",
+    "umode_t": "mode", "uid_t": "id", "gid_t": "id", "size_t": "size", "long": "long", "loff_t": "long",
+    "off_t": "long", "const char *": "string", "char *": "string",
+}
+DIRECTORY_NAMES = re.compile(r"(old|new|to_|from_)?dfd")
+FILE_NAMES = re.compile(r"(path|file|old|new|dir_?|to_path|from_path|special)(name|file)?|library")
+
+
+def format_argument(c_type: str, name: str) -> str:
+    """`NAME:TYPE` for a field of a tracepoint's format file."""
+    plain = re.sub(r"^const (?!char)", "", c_type.strip())
+    kind = C_TYPES.get(plain, "address" if "*" in plain else "ulong")
+    if kind == "string":
+        kind = "path" if FILE_NAMES.fullmatch(name) else "string" if "const" in c_type else "address"
+    elif plain in ("int", "unsigned int") and DIRECTORY_NAMES.fullmatch(name):
+        kind = "dfd"
+    elif plain in ("int", "unsigned int") and re.fullmatch(r"fd|fd_(in|out)|[a-z]+_?fd", name):
+        kind = "fd"
+    return f"{name}:{kind}"
+
+
+def read_format(tracefs: str, tracepoint: str) -> Optional[List[str]]:
+    """`NAME:TYPE` of a syscall's arguments, from tracefs; None where there is no such tracepoint or it is hidden."""
+    try:
+        text = Path(tracefs, "events/syscalls", f"sys_enter_{tracepoint}", "format").read_text()
+    except OSError:
+        return None
+    fields = re.findall(r"field:(.*?)(\w+);\s*offset:(\d+);", text)
+    return [format_argument(c_type, name) for c_type, name, offset in fields
+            if int(offset) >= 16]  # before: what all tracepoints have, and the syscall's number
+
+
+def event_type(name: str) -> EventType:
+    """The event type of that name: a row of the table, or else a syscall as tracefs describes it.
+
+    Raises KeyError for what is no syscall of this architecture, and HostError when tracefs cannot be read.
+    """
+    if name in EVENT_TYPES:
+        return EVENT_TYPES[name]
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise KeyError(name)
+    tracepoint = TRACEPOINT_NAMES.get(name, name)
+    for tracefs in TRACEFS_PATHS:
+        words = read_format(tracefs, tracepoint)
+        if words is not None:
+            return learn_event(parse_event_row(name, " ".join(dict.fromkeys(words))))
+    if syscall_number(name) is None:
+        raise KeyError(name)
+    raise HostError(f"the arguments of event '{name}' stand in tracefs only, which cannot be read, or this kernel has "
+                    f"no such syscall: run it as root, and see that {TRACEFS_PATHS[0]} is mounted")
+
+
+def learn_event(found: EventType) -> EventType:
+    """Adds an event type to the table."""
+    EVENT_IDS[found.name] = len(EVENT_NAMES)
+    EVENT_NAMES.append(found.name)
+    EVENT_TYPES[found.name] = found
+    return found
+
+
+def event_names() -> List[str]:
+    """All names that are an event type here: the table's, then the other syscalls'."""
+    return [*EVENT_NAMES, *(name for name in SYSCALL_NUMBERS
+                            if name not in EVENT_TYPES and syscall_number(name) is not None)]
 
 
 # ======================================================================================================================
@@ -270,15 +604,15 @@ def syscalls_here(event_type: EventType) -> List[Syscall]:
 
 # struct event_header in bpf/traceleft.h; a test compares it with the object's BTF
 HEADER_FIELDS = (
-    ("timestamp_ns", "Q"), ("ret", "q"), ("program_id", "Q"), ("args", "6Q"), ("file_inode", "Q"), ("file_device", "I"),
-    ("pid", "I"), ("tid", "I"), ("ppid", "I"), ("uid", "I"), ("gid", "I"), ("event", "H"), ("flags", "H"),
+    ("timestamp_ns", "Q"), ("ret", "q"), ("program_id", "Q"), ("args", "8Q"), ("path", "Q"), ("exe", "Q"),
+    ("cgroup", "Q"), ("files", "2Q"), ("pid", "I"), ("tid", "I"), ("ppid", "I"), ("uid", "I"), ("gid", "I"),
+    ("euid", "I"), ("mntns", "I"), ("netns", "I"), ("pidns", "I"), ("event", "H"), ("flags", "H"), ("reserved", "I"),
     ("version", "I"), ("filter", "I"), ("tick", "I"), ("comm", "16s"),
 )
 HEADER = struct.Struct("=" + "".join(code for _, code in HEADER_FIELDS))
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 INCOMPLETE_MASK = (1 << MAX_ARGS) - 1  # enum event_flags: bit N is argument N
-FLAG_CONTAINER = 1 << 8
-FLAG_HAS_FILE = 1 << 9
+FLAG_CONTAINER, FLAG_PATH_INCOMPLETE, FLAG_PATH_UNRESOLVED = 1 << 8, 1 << 9, 1 << 10
 
 Value = Union[int, str]
 
@@ -287,7 +621,7 @@ class Event(NamedTuple):
     """One occurrence in the kernel. Text is decoded as UTF-8 with surrogateescape, so that any byte can be in it."""
 
     name: str
-    args: Tuple[Value, ...]            # in the order of the event table
+    args: Tuple[Value, ...]            # in the order of the event table; IP addresses are integers
     ret: int
     timestamp_ns: int                  # nanoseconds since the Unix epoch
     pid: int                           # the process (tgid)
@@ -299,8 +633,16 @@ class Event(NamedTuple):
     program_id: int
     incomplete: int = 0                # bit N: argument N could not be read whole
     in_container: bool = False         # in a pid namespace other than the initial one
-    file: Optional[Tuple[int, int]] = None  # (inode, st_dev) behind the descriptor argument, at the time of the event
-    path: Optional[str] = None         # of that file, where it is known
+    path: str = ""                     # of the file, absolute as the process sees it; "" where it is not known
+    path_incomplete: bool = False      # its begin did not fit
+    path_unresolved: bool = False      # a name as it was passed, behind its directory
+    files: Tuple[str, ...] = ()        # paths of the descriptor arguments; "" where there is no such file
+    exe: str = ""                      # the program that the process runs
+    cgroup: str = ""                   # of version 2
+    euid: int = 0
+    mntns: int = 0                     # inodes of the process's namespaces
+    netns: int = 0
+    pidns: int = 0
 
     @property
     def type(self) -> EventType:
@@ -308,24 +650,38 @@ class Event(NamedTuple):
 
     @property
     def named_args(self) -> Dict[str, Value]:
-        """Arguments by the names of the event table."""
-        return {argument.name: value for argument, value in zip(self.type.arguments, self.args)}
+        """Arguments by the names of the event table, IP addresses as text."""
+        return {argument.name: argument.type.show(value) if argument.type.address_bits else value
+                for argument, value in zip(self.type.arguments, self.args)}
+
+    @property
+    def container(self) -> str:
+        """The id of the container that the cgroup is named after; "" outside of one."""
+        match = CONTAINER_ID.search(self.cgroup)
+        return match[1] if match else ""
 
     @property
     def flags(self) -> int:
-        """As in the wire contract: 1 something is incomplete, 2 the process is in a container."""
-        return (1 if self.incomplete else 0) | (2 if self.in_container else 0)
+        """As in the wire contract: 1 something is incomplete, 2 in a container, 8 the path is not resolved."""
+        return ((1 if self.incomplete or self.path_incomplete else 0) | (2 if self.in_container else 0)
+                | (8 if self.path_unresolved else 0))
 
     @property
     def hash(self) -> int:
         """64 bits over event type, program id, pid, ret and the arguments other than buffers, equal on every host."""
-        packed = [self.name.encode(), struct.pack("<QQq", self.program_id, self.pid, self.ret)]
+        packed = [self.name.encode(), HASHED.pack(self.program_id, self.pid, self.ret)]
         for argument, value in zip(EVENT_TYPES[self.name].arguments, self.args):
             if isinstance(value, int):
-                packed.append((value & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little"))
-            elif argument.type.kind == KIND_STRING:
+                packed.append((value & ADDRESS_MASK).to_bytes(16, "little") if argument.type.bits > 64 else
+                              (value & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little"))
+            elif not argument.type.is_buffer:
                 packed.append(encode_text(value) + b"\0")
         return int.from_bytes(blake2b(b"\0".join(packed), digest_size=8).digest(), "little")
+
+
+HASHED = struct.Struct("<QQq")
+ADDRESS_MASK = (1 << 128) - 1
+CONTAINER_ID = re.compile(r"([0-9a-f]{64})(?:\.scope)?(?:/[^/]*)*$")  # of Docker, containerd, CRI-O, Podman
 
 
 def decode_text(data: bytes) -> str:
@@ -340,18 +696,58 @@ def encode_text(text: str) -> bytes:
 def make_event(name: str, *args: Value, **fields: Any) -> Event:
     """A synthetic event: `make_event("open", "/tmp/a.txt", 577, 438, ret=3, pid=4242)`.
 
-    Arguments are given in order or by name; what is not given is 0 or "". Raises KeyError for an unknown event type
-    and TypeError for an unknown argument.
+    Arguments are given in order or by name, IP addresses also as text; what is not given is 0 or "". Raises KeyError
+    for an unknown event type, TypeError for an unknown argument and ValueError for a malformed address.
     """
-    arguments = EVENT_TYPES[name].arguments
+    arguments = event_type(name).arguments
     if len(args) > len(arguments):
         raise TypeError(f"{name} has {len(arguments)} arguments, not {len(args)}")
     values: List[Value] = list(args)
     for argument in arguments[len(args):]:
-        values.append(fields.pop(argument.name, "" if argument.type.is_text else 0))
-    common: Dict[str, Any] = {"ret": 0, "timestamp_ns": 0, "pid": 1, "tid": fields.get("pid", 1), "ppid": 0, "uid": 0,
-                              "gid": 0, "comm": "", "program_id": 0}
-    return Event(name=name, args=tuple(values), **{**common, **fields})
+        common = argument.name in COMMON_FIELDS
+        empty = "" if argument.type.is_text else 0
+        values.append(fields.get(argument.name, empty) if common else fields.pop(argument.name, empty))
+    values = [int(ipaddress.ip_address(value)) if argument.type.address_bits and isinstance(value, str) else value
+              for argument, value in zip(arguments, values)]
+    defaults: Dict[str, Any] = {"ret": 0, "timestamp_ns": 0, "pid": 1, "tid": fields.get("pid", 1), "ppid": 0, "uid": 0,
+                                "gid": 0, "comm": "", "program_id": 0}
+    if fields.get("path") and "files" not in fields and event_type(name).path_argument in event_type(name).descriptors:
+        fields["files"] = (fields["path"],)
+    return Event(name=name, args=tuple(values), **{**defaults, **fields})
+
+
+def decode_sockaddr(data: bytes) -> str:
+    """`127.0.0.1:80`, `[::1]:80`, a unix socket's path, `@` and an abstract name, or `family N` (struct sockaddr)."""
+    if len(data) < 2:
+        return ""
+    family = int.from_bytes(data[:2], sys.byteorder)
+    if family == socket.AF_INET and len(data) >= 8:
+        return f"{socket.inet_ntop(family, data[4:8])}:{int.from_bytes(data[2:4], 'big')}"
+    if family == socket.AF_INET6 and len(data) >= 24:
+        return f"[{socket.inet_ntop(family, data[8:24])}]:{int.from_bytes(data[2:4], 'big')}"
+    if family == socket.AF_UNIX:
+        name = data[2:]
+        return decode_text(b"@" + name[1:] if name[:1] == b"\0" and len(name) > 1 else name.split(b"\0", 1)[0])
+    return f"family {family}"
+
+
+def record_text(record: bytes, place: int) -> str:
+    """The text at `place` of a record: its length and, in the upper half, its offset behind the header."""
+    if not place:
+        return ""
+    begin = HEADER.size + (place >> 32)
+    return record[begin:begin + (place & 0xFFFF_FFFF)].decode("utf-8", "surrogateescape")
+
+
+def decode_argument(record: bytes, slots: Sequence[int], argument: Argument) -> Value:
+    raw = slots[argument.slot]
+    if argument.is_text:
+        if argument.type.is_cooked:
+            return decode_sockaddr(encode_text(record_text(record, raw)))
+        return record_text(record, raw)
+    if argument.type.bits > 64:
+        return raw << 64 | slots[argument.slot + 1]
+    return raw - (1 << 64) if raw >> 63 and argument.is_signed else raw
 
 
 def decode_record(record: bytes, clock_offset_ns: int = 0) -> Event:
@@ -359,38 +755,20 @@ def decode_record(record: bytes, clock_offset_ns: int = 0) -> Event:
 
     Raises TraceleftError when the record is of another version than this script.
     """
-    (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, inode, device,
-     pid, tid, ppid, uid, gid, event_id, flags, version, _filter, _tick, comm) = HEADER.unpack_from(record)
+    (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, a6, a7, path, exe, cgroup, file, file_1,
+     pid, tid, ppid, uid, gid, euid, mntns, netns, pidns, event_id, flags, _reserved, version, _filter, _tick,
+     comm) = HEADER.unpack_from(record)
     if version != RECORD_VERSION:
         raise TraceleftError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
     name = EVENT_NAMES[event_id]
-    args: List[Value] = []
-    for raw, argument in zip((a0, a1, a2, a3, a4, a5), EVENT_TYPES[name].arguments):
-        if argument.is_text:
-            begin = HEADER.size + (raw >> 32)
-            args.append(record[begin:begin + (raw & 0xFFFF_FFFF)].decode("utf-8", "surrogateescape"))
-        else:
-            args.append(raw - (1 << 64) if raw >> 63 and argument.is_signed else raw)
-    file = (inode, os.makedev(device >> 20, device & 0xFFFFF)) if flags & FLAG_HAS_FILE else None
-    return Event(name, tuple(args), ret, timestamp_ns + clock_offset_ns, pid, tid, ppid, uid, gid,
+    slots = (a0, a1, a2, a3, a4, a5, a6, a7)
+    return Event(name, tuple([decode_argument(record, slots, argument) for argument in EVENT_TYPES[name].arguments]),
+                 ret, timestamp_ns + clock_offset_ns, pid, tid, ppid, uid, gid,
                  comm.split(b"\0", 1)[0].decode("utf-8", "surrogateescape"), program_id,
-                 flags & INCOMPLETE_MASK, bool(flags & FLAG_CONTAINER), file)
-
-
-def resolve_path(event: Event) -> Event:
-    """The event with the path behind its descriptor, where /proc still shows the very file that the kernel used."""
-    if event.file is None or event.path is not None:
-        return event
-    argument, descriptor = next((a, v) for a, v in zip(event.type.arguments, event.args) if a.type.is_descriptor)
-    is_cwd = argument.type.kind == KIND_DFD and descriptor == AT_FDCWD
-    link = f"/proc/{event.pid}/cwd" if is_cwd else f"/proc/{event.pid}/fd/{descriptor}"
-    try:
-        path, status = os.readlink(link), os.stat(link)
-    except OSError:
-        return event  # the process or the descriptor is gone
-    if (status.st_ino, status.st_dev) != event.file:
-        return event  # the descriptor is another file's by now
-    return event._replace(path=path)
+                 flags & INCOMPLETE_MASK, flags & FLAG_CONTAINER != 0, record_text(record, path),
+                 flags & FLAG_PATH_INCOMPLETE != 0, flags & FLAG_PATH_UNRESOLVED != 0,
+                 (record_text(record, file), record_text(record, file_1)), record_text(record, exe),
+                 record_text(record, cgroup), euid, mntns, netns, pidns)
 
 
 ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -420,14 +798,14 @@ def escape(text: str, also: str = "") -> str:
 def format_args(event: Event) -> str:
     """`Filename "/tmp/a.txt" Flags 577 Mode 438`."""
     words = []
+    files = iter(event.files)
     for argument, value in zip(EVENT_TYPES[event.name].arguments, event.args):
         if isinstance(value, str):
             words.append(f'{argument.label} "{escape(value)}"')
         elif argument.type.is_descriptor:
-            path = "unknown" if event.path is None else escape(event.path, "<>")
-            words.append(f"{argument.label} {value}<{path}>")
+            words.append(f"{argument.label} {value}<{escape(next(files, ''), '<>') or 'unknown'}>")
         else:
-            words.append(f"{argument.label} {value}")
+            words.append(f"{argument.label} {argument.type.show(value)}")
     if event.incomplete:
         words = [word + " [incomplete]" if event.incomplete >> i & 1 else word for i, word in enumerate(words)]
     return " ".join(words)
@@ -460,18 +838,35 @@ class Const:
 
 @dataclass(frozen=True)
 class Field:
-    """A field of an event: argument `index`, or for index -1 the common field `name`."""
+    """A field of an event: argument `index`, or for index -1 the common field `name`.
+
+    An IPv6 address is two integers for the kernel side: each `half` of it is a field, too.
+    """
 
     name: str
     index: int
     is_text: bool
     is_signed: bool = False
+    slot: int = 0          # of the argument's value in a record
+    address_bits: int = 0  # of an IP address: 32 or 128
+    half: str = ""         # "high" or "low"
+    is_derived: bool = False  # a text that Python makes of what the kernel side captured
 
     def getter(self) -> Getter:
         if self.index < 0:
             return operator.attrgetter(self.name)
         index = self.index
+        if self.half:
+            shift = 64 if self.half == "high" else 0
+            return lambda event: int(event.args[index]) >> shift & MASK64
         return lambda event: event.args[index]
+
+    @property
+    def halves(self) -> Tuple[Field, ...]:
+        """The integers that it is for the kernel side."""
+        if self.address_bits <= 64:
+            return (self,)
+        return replace(self, half="high", address_bits=0), replace(self, half="low", slot=self.slot + 1, address_bits=0)
 
 
 @dataclass(frozen=True)
@@ -499,6 +894,7 @@ class Invert:
 
 
 IntExpr = Union[Const, Field, BitOp, Invert]
+MASK64 = (1 << 64) - 1
 BIT_OPERATORS: Dict[str, Callable[[int, int], int]] = {"&": operator.and_, "|": operator.or_, "^": operator.xor}
 COMPARISONS: Dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -632,26 +1028,45 @@ def syntax_error(source: str, error: SyntaxError) -> RuleError:
 
 def symbols() -> Dict[str, int]:
     """Names such as O_CREAT, ENOENT and AF_INET with their values on this machine, from the standard library."""
-    found = {  # include/uapi/linux/fcntl.h, and what the others have under another name only
-        "AT_FDCWD": AT_FDCWD, "AT_SYMLINK_NOFOLLOW": 0x100, "AT_EACCESS": 0x200, "AT_REMOVEDIR": 0x200,
-        "AT_SYMLINK_FOLLOW": 0x400, "AT_NO_AUTOMOUNT": 0x800, "AT_EMPTY_PATH": 0x1000, "AF_LOCAL": socket.AF_UNIX}
-    for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_"), (socket, "SOCK_"), (signal, "SIG[^_]"),
-                            (errno, "E[A-Z0-9]+$")):
+    found = dict(OTHER_SYMBOLS)
+    for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_|SOCK_|IPPROTO_"), (signal, "SIG[^_]"),
+                            (errno, "E[A-Z0-9]+$"), (mmap, "PROT_|MAP_"), (fcntl, "F_|LOCK_")):
         for name in dir(module):
             if re.match(pattern, name) and isinstance(getattr(module, name), int):
                 found[name] = int(getattr(module, name))
     return found
 
 
+OTHER_SYMBOLS = {  # what the standard library lacks, the same on x86_64 and aarch64. Sources: include/uapi/linux/*.h
+    # fcntl.h, and what socket has under another name only
+    "AT_FDCWD": AT_FDCWD, "AT_SYMLINK_NOFOLLOW": 0x100, "AT_EACCESS": 0x200, "AT_REMOVEDIR": 0x200,
+    "AT_SYMLINK_FOLLOW": 0x400, "AT_NO_AUTOMOUNT": 0x800, "AT_EMPTY_PATH": 0x1000, "AF_LOCAL": socket.AF_UNIX,
+    # sched.h
+    "CLONE_VM": 0x100, "CLONE_FS": 0x200, "CLONE_FILES": 0x400, "CLONE_VFORK": 0x4000, "CLONE_THREAD": 0x10000,
+    "CLONE_NEWNS": 0x20000, "CLONE_NEWCGROUP": 0x2000000, "CLONE_NEWUTS": 0x4000000, "CLONE_NEWIPC": 0x8000000,
+    "CLONE_NEWUSER": 0x10000000, "CLONE_NEWPID": 0x20000000, "CLONE_NEWNET": 0x40000000,
+    # ptrace.h, mount.h, prctl.h, bpf.h
+    "PTRACE_TRACEME": 0, "PTRACE_PEEKTEXT": 1, "PTRACE_PEEKDATA": 2, "PTRACE_POKETEXT": 4, "PTRACE_POKEDATA": 5,
+    "PTRACE_CONT": 7, "PTRACE_ATTACH": 16, "PTRACE_DETACH": 17, "PTRACE_SEIZE": 0x4206,
+    "MS_RDONLY": 1, "MS_NOSUID": 2, "MS_NODEV": 4, "MS_NOEXEC": 8, "MS_REMOUNT": 32, "MS_BIND": 4096, "MS_MOVE": 8192,
+    "MNT_FORCE": 1, "MNT_DETACH": 2, "PR_SET_NAME": 15, "PR_SET_SECCOMP": 22, "PR_SET_NO_NEW_PRIVS": 38,
+    "BPF_MAP_CREATE": 0, "BPF_PROG_LOAD": 5, "RENAME_NOREPLACE": 1, "RENAME_EXCHANGE": 2,
+}
 SYMBOLS = symbols()
 
 
 def event_fields(event_type: EventType) -> Dict[str, Field]:
-    """Every field that a rule on this event type can name."""
-    fields = {name: Field(name, -1, is_text, name == "ret") for name, is_text in COMMON_FIELDS.items()}
+    """Every field that a rule on this event type can name; an argument never hides what all events have."""
+    fields = {}
     for index, argument in enumerate(event_type.arguments):
-        kind = argument.type
-        fields[argument.name] = fields[f"arg{index + 1}"] = Field(argument.name, index, kind.is_text, kind.is_signed)
+        fields[argument.name] = fields[f"arg{index + 1}"] = Field(
+            argument.name, index, argument.is_text, argument.is_signed, argument.slot, argument.type.address_bits,
+            is_derived=argument.type.is_cooked)
+    common = dict(COMMON_FIELDS if event_type.is_tcp else {**COMMON_FIELDS, **PROCESS_FIELDS})
+    if event_type.path_argument is not None:
+        common["path"] = True
+    fields.update({name: Field(name, -1, text, name == "ret", is_derived=name == "container")
+                   for name, text in common.items()})
     return fields
 
 
@@ -700,13 +1115,16 @@ class RuleParser:
             return value
         if isinstance(value, (str, Const)):
             raise self.error(node, "a constant here is always true or always false: compare a field with it")
-        if isinstance(value, Field) and value.is_text:
-            raise self.error(node, f"'{value.name}' is text and not a condition: compare it, as in {value.name} == '…'")
+        if isinstance(value, Field) and (value.is_text or value.address_bits):
+            what = "text" if value.is_text else "an address"
+            raise self.error(node, f"'{value.name}' is {what} and not a condition: compare it, as in "
+                                   f"{value.name} == '…'")
         return Compare("!=", value, Const(0))
 
     def integer(self, node: ast.expr, what: str) -> IntExpr:
         value = self.visit(node)
-        if isinstance(value, (Const, BitOp, Invert)) or isinstance(value, Field) and not value.is_text:
+        if isinstance(value, (Const, BitOp, Invert)) or \
+                isinstance(value, Field) and not value.is_text and not value.address_bits:
             return value
         raise self.error(node, f"{what} needs an integer, not {describe_node(value)}")
 
@@ -746,8 +1164,10 @@ class RuleParser:
             raise self.error(node, f"{node.id} is a function: write {node.id}(field, '…')")
         near = suggest(node.id, [*self.fields, *SYMBOLS])
         raise self.error(node, f"{event.name} has no field '{escape(node.id)}'{near}; "
-                               f"fields: {', '.join(argument.name for argument in event.arguments)}, "
-                               f"{', '.join(COMMON_FIELDS)}")
+                               f"fields: {', '.join(self.known_fields())}")
+
+    def known_fields(self) -> List[str]:
+        return [name for name in self.fields if not re.fullmatch(r"arg[1-6]", name)]
 
     def bit_operation(self, node: ast.BinOp) -> Node:
         op = AST_OPERATORS.get(type(node.op))
@@ -790,6 +1210,8 @@ class RuleParser:
         a, b = self.operand(left, op), self.operand(right, op)
         if isinstance(a, (str, Const)) and isinstance(b, (str, Const)):
             raise self.error(left, "a comparison of two constants is always true or always false")
+        if is_address(a) or is_address(b):
+            return self.compare_addresses((left, a), op, (right, b))
         if is_text(a) != is_text(b):
             raise self.error(right, f"{describe_node(a)} cannot be compared with {describe_node(b)}")
         if not is_text(a):
@@ -803,6 +1225,57 @@ class RuleParser:
         equal: Condition = IsIn(a, frozenset((b,))) if isinstance(b, str) else Compare("==", a, b)  # type: ignore
         return equal if op == "==" else Not(equal)
 
+    def compare_addresses(self, left: Tuple[ast.expr, Node], op: str, right: Tuple[ast.expr, Node]) -> Condition:
+        """`==` and `!=` of an address with a text or with another one."""
+        (node, a), (other, b) = (left, right) if is_address(left[1]) else (right, left)
+        assert isinstance(a, Field)
+        if op not in ("==", "!="):
+            raise self.error(node, f"'{op}' needs integers; an address has ==, != and in, as in "
+                                   f"{a.name} in net('10.0.0.0/8')")
+        if isinstance(b, str):
+            equal = self.address_in(a, [self.network(other, a, b, "address")])
+        elif isinstance(b, Field) and b.address_bits == a.address_bits:
+            equal = all_conditions([Compare("==", one, two) for one, two in zip(a.halves, b.halves)])
+        else:
+            raise self.error(other, f"{describe_node(a)} cannot be compared with {describe_node(b)}: "
+                                    "an address is written as text, as in '10.0.0.1'")
+        return equal if op == "==" else Not(equal)
+
+    def network(self, node: ast.AST, member: Field, text: str, what: str) -> Tuple[int, int]:
+        """The first and the last address of an IP address or network of the field's family."""
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError as error:
+            raise self.error(node, f"'{escape(text)}' is no IP {what}: {error}") from None
+        if network.max_prefixlen != member.address_bits:
+            raise self.error(node, f"{member.name} of {self.event_type.name} is never an IPv{network.version} {what}")
+        if what == "address" and network.num_addresses > 1:
+            raise self.error(node, f"a network is written net('{escape(text)}'), after 'in'")
+        return int(network.network_address), int(network.broadcast_address)
+
+    @staticmethod
+    def address_in(member: Field, ranges: Sequence[Tuple[int, int]]) -> Condition:
+        """That an address lies in one of the ranges, in terms of the integers that it is for the kernel side."""
+        return any_condition([all_conditions([
+            in_range(half, first >> shift & MASK64, last >> shift & MASK64)
+            for half, shift in zip(member.halves, (64, 0) if member.address_bits > 64 else (0,))
+        ]) for first, last in ranges])
+
+    def address_membership(self, member: Field, right: ast.expr) -> Condition:
+        """`address in net('10.0.0.0/8')`, or in a list of these and of addresses."""
+        elements = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
+        if not elements:
+            raise self.error(right, "nothing is in an empty list")
+        ranges = []
+        for element in elements:
+            is_net = isinstance(element, ast.Call) and isinstance(element.func, ast.Name) and element.func.id == "net"
+            literal = element.args[0] if is_net and len(element.args) == 1 else element  # type: ignore[attr-defined]
+            if not isinstance(literal, ast.Constant) or not isinstance(literal.value, str):
+                raise self.error(element, f"'{member.name} in' needs net('10.0.0.0/8'), or a list of these and of "
+                                          "texts such as '10.0.0.1'")
+            ranges.append(self.network(literal, member, literal.value, "network" if is_net else "address"))
+        return self.address_in(member, ranges)
+
     def operand(self, node: ast.expr, op: str) -> Node:
         value = self.visit(node)
         if isinstance(value, CONDITIONS):
@@ -811,6 +1284,9 @@ class RuleParser:
 
     def membership(self, left: ast.expr, right: ast.expr) -> Condition:
         """`field in (literals)`, or `'x' in field`."""
+        named = self.fields.get(left.id) if isinstance(left, ast.Name) else None
+        if named is not None and named.address_bits:
+            return self.address_membership(named, right)
         if not isinstance(right, (ast.Tuple, ast.List, ast.Set)):
             return self.substring(left, right)
         operand = self.operand(left, "in")
@@ -843,6 +1319,8 @@ class RuleParser:
         return literal
 
     def call(self, node: ast.Call) -> Condition:
+        if isinstance(node.func, ast.Name) and node.func.id == "net":
+            raise self.error(node, "net() stands behind 'in': daddr in net('10.0.0.0/8')")
         if not isinstance(node.func, ast.Name) or node.func.id not in RULE_FUNCTIONS:
             name = node.func.id if isinstance(node.func, ast.Name) else "this"
             raise self.error(node, f"'{escape(name)}' is not a function{suggest(name, RULE_FUNCTIONS)}; "
@@ -868,9 +1346,29 @@ def is_text(value: Node) -> bool:
     return isinstance(value, str) or isinstance(value, Field) and value.is_text
 
 
+def is_address(value: Node) -> bool:
+    return isinstance(value, Field) and value.address_bits > 0
+
+
+def all_conditions(parts: Sequence[Condition]) -> Condition:
+    return parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+def any_condition(parts: Sequence[Condition]) -> Condition:
+    return parts[0] if len(parts) == 1 else Or(tuple(parts))
+
+
+def in_range(member: Field, first: int, last: int) -> Condition:
+    if first == last:
+        return Compare("==", member, Const(first))
+    return And((Compare(">=", member, Const(first)), Compare("<=", member, Const(last))))
+
+
 def describe_node(value: Node) -> str:
     if isinstance(value, CONDITIONS):
         return "a condition"
+    if is_address(value):
+        return "an address"
     if isinstance(value, Field):
         return f"{'text' if value.is_text else 'integer'} field '{value.name}'"
     return "a text" if isinstance(value, str) else "an integer"
@@ -1189,7 +1687,7 @@ class AlertsPerSec:
         self.matched += matched
         self.passed += passed
         if self.sample is None and sample is not None:
-            self.sample = resolve_path(sample)
+            self.sample = sample
 
     def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
         """The alert of the second that ends, if any; `lost` as in Alert."""
@@ -1405,8 +1903,7 @@ class SpecParser:
                               {"id": str, "stream": str, "group": str, "rule": str})
         if members.get("id") == "":
             self.error(f"{path}.id", "expected a text that is not empty")
-        name = self.known(f"{path}.name", "event", members.get("name"), EVENT_TYPES)
-        event_type = EVENT_TYPES[name] if name else None
+        event_type = self.event_type(members.get("name"), f"{path}.name")
         channel = members.get("channel")
         if all_known or channel in channels:  # else the error stands at the channel already
             channel = self.known(f"{path}.channel", "channel id", channel, channels)
@@ -1420,6 +1917,16 @@ class SpecParser:
         return Filter(members.get("id", f"{event_type.name}-{index}"), event_type.name, channel,
                       members.get("stream", ""), members.get("group", ""), members.get("rule", ""), rule,
                       function[0], function[1], output[0], output[1])
+
+    def event_type(self, name: Optional[str], path: str) -> Optional[EventType]:
+        try:
+            return event_type(name) if name is not None else None
+        except KeyError:
+            self.error(path, f"unknown event '{escape(name or '')}'{suggest(name or '', event_names())}; "
+                             "'traceleft.py events' lists them")
+        except HostError as error:
+            self.error(path, str(error))
+        return None
 
     def rule(self, text: str, path: str, event_type: Optional[EventType]) -> Optional[Condition]:
         if event_type is not None:
@@ -1495,10 +2002,14 @@ def parse_address(text: str) -> Tuple[str, int]:
 # ======================================================================================================================
 
 # enum field, enum dimension_kind, enum filter_flags and enum limits in bpf/traceleft.h
-FIELD_RET = MAX_ARGS
+FIELD_RET = MAX_SLOTS
 KERNEL_FIELDS: Dict[str, int] = {name: FIELD_RET + index for index, name in enumerate(
-    ("ret", "pid", "tid", "ppid", "uid", "gid", "program_id", "comm"))}
-FIELD_TIME = FIELD_RET + 8
+    ("ret", "pid", "tid", "ppid", "uid", "gid", "program_id", "comm", "euid", "mntns", "netns", "pidns", "path", "exe",
+     "cgroup", "files", "files_1", "time"))}
+FIELD_TIME = KERNEL_FIELDS["time"]
+ALL_FIELDS = (1 << FIELD_TIME + 1) - 1
+PRINTED_FIELDS = (1 << MAX_SLOTS) - 1 | sum(1 << KERNEL_FIELDS[name] for name in (
+    "ret", "pid", "program_id", "pidns", "path", "files", "files_1", "time"))  # those of format_event()
 DIMENSION_INTEGER, DIMENSION_WHOLE, DIMENSION_PREFIX, DIMENSION_SUFFIX = range(4)
 FILTER_STREAM = 1
 MAX_DIMENSIONS = 32
@@ -1506,7 +2017,6 @@ MAX_WORDS = 17                # MAX_FILTERS rows, and room for the stream of tho
 MAX_ROWS = 64 * MAX_WORDS     # of all filters of one event type
 MAX_FILTER_ROWS = 64          # of one filter: a rule that needs more is left to Python
 MAX_TEXT = 4096               # bytes of a text that the kernel side captures: PATH_MAX
-MASK64 = (1 << 64) - 1
 SIGN64 = 1 << 63
 
 # struct dimension, the begin of struct matcher, struct vector, struct text_key, struct text and struct filter
@@ -1515,7 +2025,7 @@ MATCHER = struct.Struct("=IIIIII")
 VECTOR_SIZE = 8 * MAX_WORDS
 TEXT_KEY = struct.Struct("=IIQ")
 TEXT = struct.Struct("=II")
-FILTER = struct.Struct("=QQIII14s14s")
+FILTER = struct.Struct("=QQIIII24s24s")
 
 
 class Dimension(NamedTuple):
@@ -1622,6 +2132,9 @@ def rule_rows(node: Optional[Condition], negate: bool = False) -> Rows:
     if isinstance(node, (And, Or)):
         parts = [rule_rows(operand, negate) for operand in node.operands]
         return all_of(parts) if isinstance(node, And) != negate else any_of(parts)
+    derived = node.operand if isinstance(node, IsIn) else node.field if isinstance(node, TextTest) else None
+    if isinstance(derived, Field) and derived.is_derived:
+        return Rows(EVERYTHING, (f"{derived.name}, which is made of what the kernel side captures,",))
     if isinstance(node, Compare):
         found = compare_constraint(node)
     elif isinstance(node, IsIn):
@@ -1688,7 +2201,13 @@ def unite(rows: Iterable[Row]) -> List[Row]:
 
 
 def kernel_field(member: Field) -> int:
-    return member.index if member.index >= 0 else KERNEL_FIELDS[member.name]
+    """The field's number in the kernel side: its enum field."""
+    return member.slot if member.index >= 0 else KERNEL_FIELDS[member.name]
+
+
+def kernel_fields(members: Iterable[Field]) -> List[Tuple[int, bool]]:
+    """(enum field, is text) of each; an IPv6 address is two."""
+    return [(kernel_field(part), part.is_text) for member in members for part in member.halves]
 
 
 class BitFunction(NamedTuple):
@@ -1826,7 +2345,9 @@ class Placement:
 class Tables:
     """The contents of the kernel's maps for a set of filters, or for event types that are streamed whole."""
 
-    def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = ()) -> None:
+    def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = (), shown: int = ALL_FIELDS) -> None:
+        """`shown`: the fields that records carry, a bit of each enum field."""
+        self.shown = shown
         self.seeds = struct.unpack("=QQ", os.urandom(16))
         self.filters: List[KernelFilter] = []
         self.placements: List[Placement] = []
@@ -1859,7 +2380,7 @@ class Tables:
         for member in members:
             compiled = rule_rows(member.rule)
             used = dimensions.union(*compiled.rows)
-            reasons = compiled.reasons
+            reasons = compiled.reasons + derived_groups(member)
             if len(rows) + len(streamed) + len(compiled.rows) >= MAX_ROWS or len(used) > MAX_DIMENSIONS:
                 compiled, reasons = Rows(EVERYTHING), ("this event type's tables, which are full",)
             else:
@@ -1882,8 +2403,7 @@ class Tables:
     @staticmethod
     def filter_fields(member: Filter) -> int:
         """Fields that counting for the filter reads, as a bit mask."""
-        by = member.parameters.get("by", ())
-        fields = sum(1 << kernel_field(field) for field in by)
+        fields = sum(1 << number for number, _ in kernel_fields(member.parameters.get("by", ())))
         return fields | (1 << FIELD_TIME if member.parameters.get("threshold") else 0)
 
     def pack_matcher(self, event: str, rows: Sequence[Row], first_row: int, fields: int) -> bytes:
@@ -1960,16 +2480,21 @@ class Tables:
     def pack_filter(self, member: KernelFilter) -> bytes:
         """struct filter."""
         if member.spec is None:
-            return FILTER.pack(1, 0, FILTER_STREAM, 0, 0, b"", b"")
+            return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, b"", b"")
         parameters = member.spec.parameters
-        by = parameters["by"]
-        return FILTER.pack(max(parameters["frequency"], 1), parameters["threshold"], 0, self.max_groups, len(by),
-                           bytes(kernel_field(field) for field in by), bytes(field.is_text for field in by))
+        by = kernel_fields(parameters["by"])
+        return FILTER.pack(max(parameters["frequency"], 1), parameters["threshold"], 0, self.max_groups, self.shown,
+                           len(by), bytes(number for number, _ in by), bytes(is_text for _, is_text in by))
 
     @property
     def group_count(self) -> int:
         """Entries of the kernel's table of groups."""
         return self.max_groups * sum(1 for member in self.filters if member.spec and member.spec.parameters["by"])
+
+
+def derived_groups(member: Filter) -> Tuple[str, ...]:
+    """Why the kernel cannot count the filter's groups."""
+    return tuple(f"by={field.name}" for field in member.parameters.get("by", ()) if field.is_derived)
 
 
 def text_words(text: bytes) -> Tuple[int, ...]:
@@ -2141,12 +2666,15 @@ def format_json(alert: Alert) -> str:
 
 def sample_json(event: Event) -> Dict[str, Any]:
     sample: Dict[str, Any] = {name: getattr(event, name) for name in (
-        "timestamp_ns", "pid", "tid", "ppid", "uid", "gid", "comm", "program_id", "ret", "hash")}
+        "timestamp_ns", "pid", "tid", "ppid", "uid", "gid", "euid", "comm", "program_id", "ret", "hash", "exe",
+        "cgroup", "container", "mntns", "netns", "pidns")}
     sample["args"] = event.named_args
-    if event.path is not None:
-        sample["path"] = event.path
-    if event.flags:
-        sample["flags"] = event.flags
+    for name in ("path", "path_unresolved", "flags"):
+        if getattr(event, name):
+            sample[name] = getattr(event, name)
+    files = {event.type.arguments[i].name: path for i, path in zip(event.type.descriptors, event.files) if path}
+    if files:
+        sample["files"] = files
     return sample
 
 
@@ -2211,20 +2739,24 @@ class FileChannel(Channel):
 # ======================================================================================================================
 
 WireField = Tuple[str, int, str]  # name, number, scalar type or message name
-CONNECTION_V4: Tuple[WireField, ...] = (("Saddr", 1, "uint32"), ("Daddr", 2, "uint32"), ("Sport", 3, "uint32"),
-                                        ("Dport", 4, "uint32"), ("Netns", 5, "uint32"))
-CONNECTION_V6: Tuple[WireField, ...] = (("Saddr", 1, "string"), ("Daddr", 2, "string"), *CONNECTION_V4[2:])
+WIRE_CONNECTION_V4: Tuple[WireField, ...] = (("Saddr", 1, "uint32"), ("Daddr", 2, "uint32"), ("Sport", 3, "uint32"),
+                                             ("Dport", 4, "uint32"), ("Netns", 5, "uint32"))
+WIRE_CONNECTION_V6: Tuple[WireField, ...] = (("Saddr", 1, "string"), ("Daddr", 2, "string"), *WIRE_CONNECTION_V4[2:])
 COMMON_EVENT: Tuple[WireField, ...] = (
     ("Timestamp", 1, "uint64"), ("Pid", 2, "int64"), ("Ret", 3, "int64"), ("Name", 4, "string"), ("Hash", 5, "uint64"),
     ("Flags", 6, "uint64"),
     # from 100 up: not in the original contract
     ("Tid", 100, "int64"), ("Ppid", 101, "int64"), ("Uid", 102, "uint32"), ("Gid", 103, "uint32"),
-    ("Comm", 104, "bytes"), ("ProgramID", 105, "uint64"), ("Path", 106, "bytes"),
+    ("Comm", 104, "bytes"), ("ProgramID", 105, "uint64"), ("Path", 106, "bytes"), ("Euid", 107, "uint32"),
+    ("Exe", 108, "bytes"), ("Cgroup", 109, "bytes"), ("Container", 110, "string"), ("Mntns", 111, "uint32"),
+    ("Netns", 112, "uint32"), ("Pidns", 113, "uint32"), ("Files", 114, "repeated bytes"),
 )
+SYSCALL_ARGUMENT: Tuple[WireField, ...] = (("Name", 1, "string"), ("Integer", 2, "int64"), ("Text", 3, "bytes"))
+SYSCALL_EVENT: Tuple[WireField, ...] = (("Arguments", 1, "repeated ProtobufSyscallArgument"),)
 METRIC_EXTENSIONS: Tuple[WireField, ...] = (
     ("Matched", 100, "uint64"), ("Lost", 101, "uint64"), ("Host", 102, "string"), ("Filter", 103, "string"),
     ("Stream", 104, "string"), ("Group", 105, "string"), ("Metrics", 106, "string"), ("Time", 107, "double"),
-    ("Agent", 108, "string"), ("Sequence", 109, "uint64"),
+    ("Agent", 108, "string"), ("Sequence", 109, "uint64"), ("SyscallEvent", 110, "ProtobufSyscallEvent"),
 )
 WIRE_PACKAGE = "tracer"
 WIRE_METHOD = f"/{WIRE_PACKAGE}.MetricCollector/Process"
@@ -2232,13 +2764,16 @@ WIRE_METHOD = f"/{WIRE_PACKAGE}.MetricCollector/Process"
 
 def wire_messages() -> Dict[str, Tuple[WireField, ...]]:
     """Every message of the contract with its fields; the syscalls' messages follow from the event table."""
-    messages = {"ProtobufCommonEvent": COMMON_EVENT, "ProtobufConnectV4Event": CONNECTION_V4,
-                "ProtobufConnectV6Event": CONNECTION_V6}
+    messages = {"ProtobufCommonEvent": COMMON_EVENT, "ProtobufConnectV4Event": WIRE_CONNECTION_V4,
+                "ProtobufConnectV6Event": WIRE_CONNECTION_V6, "ProtobufSyscallArgument": SYSCALL_ARGUMENT,
+                "ProtobufSyscallEvent": SYSCALL_EVENT}
     metric: List[WireField] = [("Count", 1, "uint64"), ("CommonEvent", 2, "ProtobufCommonEvent"),
                                ("ConnectV4Event", 3, "ProtobufConnectV4Event"),
                                ("ConnectV6Event", 4, "ProtobufConnectV6Event")]
     for event_type in sorted(EVENT_TYPES.values(), key=lambda event_type: event_type.metric_field):
         number = event_type.metric_field
+        if not number or event_type.is_tcp:
+            continue
         messages[event_type.message] = tuple((argument.name, i, argument.type.wire)
                                              for i, argument in enumerate(event_type.arguments, 1))
         metric.append((f"{camel_case(event_type.name)}Event", number, event_type.message))
@@ -2265,8 +2800,10 @@ def build_wire() -> Dict[str, Any]:
     for message, fields in wire_messages().items():
         described = file.message_type.add(name=message)
         for name, number, kind in fields:
+            repeated, kind = kind.startswith("repeated "), kind.rpartition(" ")[2]
             scalar = not kind[0].isupper()
-            described.field.add(name=name, number=number, label=field_type.LABEL_OPTIONAL,
+            described.field.add(name=name, number=number,
+                                label=field_type.LABEL_REPEATED if repeated else field_type.LABEL_OPTIONAL,
                                 type=field_type.Type.Value(f"TYPE_{kind.upper()}" if scalar else "TYPE_MESSAGE"),
                                 type_name=None if scalar else f".{WIRE_PACKAGE}.{kind}")
     service = file.service.add(name="MetricCollector")
@@ -2291,23 +2828,47 @@ def wrap_int(value: int, kind: str) -> int:
     return value - (1 << bits) if signed and value >> (bits - 1) else value
 
 
+def encode_arguments(wire: Mapping[str, Any], event: Event) -> Dict[str, Any]:
+    """The event's own message, by its name in Metric: that of the contract, or the one of all other syscalls."""
+    event_type = event.type
+    if not event_type.metric_field:
+        message = wire["ProtobufSyscallEvent"]()
+        for argument, value in zip(event_type.arguments, event.args):
+            if isinstance(value, str):
+                message.Arguments.add(Name=argument.name, Text=encode_text(value))
+            else:
+                message.Arguments.add(Name=argument.name, Integer=wrap_int(value, "int64"))
+        return {"SyscallEvent": message}
+    message = wire[event_type.message]()
+    for argument, value in zip(event_type.arguments, event.args):
+        name = camel_case(argument.name) if event_type.is_tcp else argument.name
+        setattr(message, name, encode_argument(argument, value))
+    return {event_type.message.replace("Protobuf", ""): message}
+
+
+def encode_argument(argument: Argument, value: Value) -> Union[int, str, bytes]:
+    if isinstance(value, str):
+        return encode_text(value)
+    if argument.type.address_bits == 128:
+        return argument.type.show(value)
+    if argument.type.address_bits == 32:  # as struct in_addr has it: in network byte order
+        return int.from_bytes(value.to_bytes(4, "big"), sys.byteorder)
+    return wrap_int(value, argument.type.wire)
+
+
 def encode_metric(wire: Mapping[str, Any], alert: Alert, agent: str, sequence: int) -> bytes:
     """The serialized Metric of one alert, the `sequence`-th of this agent."""
     event, flags = shown_event(alert)
-    event_type = event.type
-    message = wire[event_type.message]()
-    for argument, value in zip(event_type.arguments, event.args):
-        setattr(message, argument.name,
-                encode_text(value) if isinstance(value, str) else wrap_int(value, argument.type.wire))
     common = wire["ProtobufCommonEvent"](
         Timestamp=event.timestamp_ns, Pid=event.pid, Ret=event.ret, Name=event.name, Hash=event.hash,
         Flags=flags, Tid=event.tid, Ppid=event.ppid, Uid=event.uid, Gid=event.gid, Comm=encode_text(event.comm),
-        ProgramID=event.program_id, Path=encode_text(event.path or ""))
+        ProgramID=event.program_id, Path=encode_text(event.path), Euid=event.euid, Exe=encode_text(event.exe),
+        Cgroup=encode_text(event.cgroup), Container=event.container, Mntns=event.mntns, Netns=event.netns,
+        Pidns=event.pidns, Files=[encode_text(path) for path in event.files[:len(event.type.descriptors)]])
     metric = wire["Metric"](
         Count=alert.count, CommonEvent=common, Matched=alert.matched, Lost=alert.lost, Host=HOSTNAME,
         Filter=wire_text(alert.filter.id), Stream=wire_text(alert.filter.stream), Group=wire_text(alert.filter.group),
-        Metrics=alert.filter.metrics, Time=alert.time, Agent=agent, Sequence=sequence,
-        **{f"{camel_case(event.name)}Event": message})
+        Metrics=alert.filter.metrics, Time=alert.time, Agent=agent, Sequence=sequence, **encode_arguments(wire, event))
     data: bytes = metric.SerializeToString()
     return data
 
@@ -2615,13 +3176,20 @@ def parse_selector(text: str) -> Selector:
                          "as in open,close or 42:1234,1235:read")
     events = tuple(dict.fromkeys(parts[-1].split(",")))
     for name in events:
-        if name not in EVENT_TYPES:
-            raise UsageError(f"unknown event '{escape(name)}' in selector '{escape(text)}'"
-                             f"{suggest(name, EVENT_TYPES)}; 'traceleft.py events' lists them")
+        find_event(name, f" in selector '{escape(text)}'")
     words = parts[-2].split(",") if len(parts) > 1 else ["0"]
     pids = tuple(parse_number(word, "PID", text, 1 << 22) for word in words)
     program_id = parse_number(parts[0], "PROGRAM_ID", text, (1 << 64) - 1) if len(parts) > 2 else 0
     return Selector(events, pids, program_id)
+
+
+def find_event(name: str, where: str = "") -> EventType:
+    """The event type of that name. Raises UsageError for an unknown one, and HostError as event_type() does."""
+    try:
+        return event_type(name)
+    except KeyError:
+        raise UsageError(f"unknown event '{escape(name)}'{where}{suggest(name, event_names())}; "
+                         "'traceleft.py events' lists them") from None
 
 
 def parse_number(word: str, what: str, text: str, most: int) -> int:
@@ -2650,13 +3218,18 @@ class Wanted:
                              f"ids, {before} and {program_id}")
 
 
+def check_process(pid: int) -> None:
+    """Raises UsageError when there is no such process."""
+    if pid and not os.path.exists(f"/proc/{pid}/task/{pid}"):  # /proc/TID exists too, for threads
+        raise UsageError(f"there is no process {pid}")
+
+
 def plan_selectors(selectors: Sequence[Selector]) -> Dict[str, Wanted]:
     """Event name -> processes. Raises UsageError for contradictions and for processes that do not exist."""
     plan: Dict[str, Wanted] = {}
     for selector in selectors:
         for pid in selector.pids:
-            if pid and not os.path.exists(f"/proc/{pid}/task/{pid}"):  # /proc/TID exists too, for threads
-                raise UsageError(f"there is no process {pid}")
+            check_process(pid)
             for event in selector.events:
                 plan.setdefault(event, Wanted()).add(pid, selector.program_id, event)
     return plan
@@ -2666,7 +3239,7 @@ def plan_spec(spec: Spec, selectors: Sequence[Selector]) -> Dict[str, Wanted]:
     """The spec's events, restricted to the selectors' processes when there are any. Raises UsageError."""
     wanted = {member.event for member in spec.filters}
     if not selectors:
-        return {name: Wanted(any_process=True) for name in EVENT_NAMES if name in wanted}
+        return {name: Wanted(any_process=True) for name in sorted(wanted, key=EVENT_IDS.__getitem__)}
     plan = plan_selectors(selectors)
     for name in plan:
         if name not in wanted:
@@ -2713,10 +3286,15 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "bpf_program__fd":                    (_int,     (_pointer,)),
     "bpf_program__set_autoload":          (_int,     (_pointer, ctypes.c_bool)),
     "bpf_program__attach_tracepoint_opts": (_pointer, (_pointer, _text, _text, ctypes.POINTER(BpfTracepointOpts))),
+    "bpf_program__attach":                (_pointer, (_pointer,)),
+    "bpf_program__attach_iter":           (_pointer, (_pointer, _pointer)),
+    "bpf_link__fd":                       (_int,     (_pointer,)),
     "bpf_link__destroy":                  (_int,     (_pointer,)),
+    "bpf_iter_create":                    (_int,     (_int,)),
     "bpf_map__fd":                        (_int,     (_pointer,)),
     "bpf_map__set_max_entries":           (_int,     (_pointer, ctypes.c_uint32)),
     "bpf_map__set_initial_value":         (_int,     (_pointer, _pointer, _size)),
+    "bpf_map_delete_elem":                (_int,     (_int, _pointer)),
     "bpf_map_update_elem":                (_int,     (_int, _pointer, _pointer, ctypes.c_uint64)),
     "bpf_map_lookup_elem":                (_int,     (_int, _pointer, _pointer)),
     "bpf_obj_get_info_by_fd":             (_int,     (_int, _pointer, ctypes.POINTER(ctypes.c_uint32))),
@@ -2785,23 +3363,33 @@ class Libbpf:
 
 OBJECT_PATH = Path(__file__).resolve().parent / "bpf" / "traceleft.bpf.o"
 BTF_PATH = "/sys/kernel/btf/vmlinux"
-TRACEFS_PATHS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 MIN_KERNEL = (5, 15)
-STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 400,000 records of a short path
+STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 170,000 records of short paths
 SAMPLE_RING_BYTES = 1 << 20    # for samples: those of a second, of 1,000 filters and 800-byte paths
 BATCH = 4096                   # records read at once: between two batches the loop sees signals and the time
 DRAIN_TIMEOUT = 1.0            # seconds for programs that were running at the time of the detach to finish
 
-# struct source, struct argument, struct process_key, struct filter_counts, the read-only settings and enum source_flags
-# in bpf/traceleft.h and bpf/traceleft.bpf.c; a test compares them with the object's BTF
+# struct source, struct argument, struct class_event, struct syscall_rows, struct filter_counts, the read-only settings,
+# struct run and the enums in bpf/traceleft.h and bpf/traceleft.bpf.c; a test compares them with the object's BTF
 ARGUMENT = struct.Struct("=BBB5xQ")
-SOURCE = struct.Struct("=HHIQ")
-PROCESS_KEY = struct.Struct("=II")
+SOURCE = struct.Struct("=HBBBBB2sB2xIQ")
+CLASS_EVENT = struct.Struct("=QII")
+SYSCALL_ROWS = struct.Struct("=HH")
 FILTER_COUNTS = struct.Struct("=QQQQQ")
-SETTINGS = struct.Struct("=IIQQ")
+SETTINGS = struct.Struct("=IIQQII")
+RUN = struct.Struct("=I4xQQQ")
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
 RECORD_TAG_OFFSET = HEADER.size - 16 - RECORD_TAG.size
-SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_ONLY_FDCWD = 1, 2, 4
+SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_AT_ENTRY, SOURCE_NO_RETURN = 1, 2, 4, 8
+PATH_NONE, PATH_FD, PATH_AT, PATH_RETURN, PATH_EXE = range(5)
+DFD_CWD = 255
+TCP_EVENTS = ("connect", "accept", "close")  # enum tcp_event: with _v4, then with _v6
+MAX_SYSCALLS = 1024
+MAX_PROCESSES = 65536
+MAX_CLASSES = 256              # sets of processes that are traced alike
+MAX_PENDING = 1024             # calls between entry and exit, of those that are read at entry
+MAX_SOCKETS = 65536            # TCP connections whose owner is known
+URING_OPCODES = 256
 WAKEUP_BYTES = 64 << 10
 PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
 PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 208, 216
@@ -2856,47 +3444,139 @@ def mounted_tracefs() -> str:
 
 
 class Source(NamedTuple):
-    """One row of the kernel's table `sources`: a syscall that becomes an event type."""
+    """One row of the kernel's table `sources`: a syscall, or for None a connection's change, that becomes an event."""
 
     event: EventType
-    syscall: Syscall
+    syscall: Optional[Syscall]
     wanted: Wanted
+
+    @property
+    def at_entry(self) -> bool:
+        """Whether its arguments are read at the syscall's entry."""
+        return "entry" in self.event.traits
+
+    @property
+    def silent(self) -> bool:
+        """Whether the event happens at the syscall's entry."""
+        return "silent" in self.event.traits
+
+    def place(self) -> Tuple[str, bool, bool]:
+        """What the rows have in common that one attachment serves."""
+        return self.syscall.name if self.syscall else "", self.at_entry, self.silent
 
     def pack(self) -> bytes:
         """struct source."""
-        flags = (SOURCE_ANY_PROCESS if self.wanted.any_process else 0) | (SOURCE_BY_PROCESS if self.wanted.pids else 0)
-        if self.syscall.presence == "!":
-            flags |= SOURCE_ONLY_FDCWD
-        packed = SOURCE.pack(EVENT_IDS[self.event.name], flags, 0, self.wanted.program_id)
+        flags = ((SOURCE_ANY_PROCESS if self.wanted.any_process else 0)
+                 | (SOURCE_BY_PROCESS if self.wanted.pids else 0)
+                 | (SOURCE_AT_ENTRY if self.at_entry else 0) | (SOURCE_NO_RETURN if self.silent else 0))
+        files = bytes([*self.event.descriptors, MAX_ARGS, MAX_ARGS][:MAX_FILES])
+        register, value = (self.syscall and self.syscall.condition) or (MAX_ARGS, 0)
+        only_fdcwd = sum(1 << number for number in self.syscall.only_fdcwd) if self.syscall else 0
+        packed = SOURCE.pack(EVENT_IDS[self.event.name], flags, only_fdcwd, *self.path_source(), files, register, value,
+                             self.wanted.program_id)
         for index in range(MAX_ARGS):
-            packed += self.pack_argument(index) if index < len(self.event.arguments) else ARGUMENT.pack(0, 0, 0, 0)
+            packed += self.pack_argument(index) if self.syscall and index < len(self.event.arguments) else \
+                ARGUMENT.pack(0, 0, 0, 0)
         return packed
+
+    def path_source(self) -> Tuple[int, int, int]:
+        """enum path_kind, its argument, and the register of the directory's descriptor."""
+        argument = self.event.path_argument
+        if argument is None or self.syscall is None:
+            return PATH_NONE, 0, DFD_CWD
+        arguments = self.event.arguments
+        if arguments[argument].type_name != "path":
+            return PATH_FD, argument, DFD_CWD
+        dfd = DFD_CWD if self.syscall.dfd is None else self.syscall.dfd
+        if argument and arguments[argument - 1].type_name == "dfd":
+            dfd = int(self.syscall.sources[argument - 1])
+        traits = self.event.traits
+        return PATH_RETURN if "opens" in traits else PATH_EXE if "exec" in traits else PATH_AT, argument, dfd
 
     def pack_argument(self, index: int) -> bytes:
         """struct argument, from the event's type of the argument and the syscall's place of it."""
+        assert self.syscall is not None
         place, kind = self.syscall.sources[index], self.event.arguments[index].type
         if place.startswith("="):
             return ARGUMENT.pack(KIND_CONSTANT, 0, 64, int(place[1:]))
         if place.startswith("*"):
             register, offset = place[1:].split("+")
             return ARGUMENT.pack(KIND_MEMORY, int(register), 64, int(offset))
-        length_register = 0
-        if kind.kind == KIND_BUFFER_IN:
-            names = [argument.name for argument in self.event.arguments]
-            length_register = int(self.syscall.sources[names.index("count")])
-        return ARGUMENT.pack(kind.kind, int(place), kind.bits or 64, length_register)
+        length_register = int(self.syscall.sources[index + 1]) if kind.kind == KIND_BUFFER_IN else 0
+        return ARGUMENT.pack(kind.kind, int(place), kind.bits, length_register)
 
 
 def plan_sources(plan: Mapping[str, Wanted], tracefs: str) -> List[Source]:
-    """What to attach to. Raises HostError for a tracepoint that this kernel lacks."""
-    sources = []
+    """What to listen to. Raises HostError for an event that this kernel cannot give."""
+    sources: List[Source] = []
     for name, wanted in plan.items():
-        for syscall in syscalls_here(EVENT_TYPES[name]):
-            if os.path.isdir(f"{tracefs}/events/syscalls/sys_exit_{syscall.name}"):
-                sources.append(Source(EVENT_TYPES[name], syscall, wanted))
-            elif syscall.presence != "~":
-                raise HostError(f"event '{name}': this kernel has no tracepoint syscalls/sys_exit_{syscall.name}")
-    return sources
+        event, before = EVENT_TYPES[name], len(sources)
+        missing: List[str] = []
+        for syscall in syscalls_here(event):
+            if os.path.isdir(f"{tracefs}/events/syscalls/sys_exit_{syscall.tracepoint}"):
+                sources.append(Source(event, syscall, wanted))
+            else:
+                missing.append(syscall.tracepoint)
+        if event.is_tcp:
+            sources.append(Source(event, None, wanted))
+        elif len(sources) == before:
+            raise HostError(f"event '{name}': this kernel has no tracepoint "
+                            f"{' or '.join(f'syscalls/sys_exit_{word}' for word in missing) or 'for it'}")
+    # the rows that one attachment serves are neighbours: struct syscall_rows
+    return sorted(sources, key=Source.place)
+
+
+# How many of a host's syscalls are of this name, in percent, roughly: of the mean of a web server, a database, a
+# compiler and a shell. Only the sum of those that a spec names matters, and on which side of BUSY_SHARE it lies.
+TYPICAL_SHARES = {
+    "read": 14, "write": 8, "futex": 14, "close": 7, "openat": 6, "epoll_wait": 5, "recvfrom": 5, "sendto": 4,
+    "mmap": 4, "fstat": 4, "newfstatat": 4, "lseek": 3, "rt_sigaction": 3, "rt_sigprocmask": 3, "fcntl": 2, "ioctl": 2,
+    "poll": 2, "munmap": 2, "mprotect": 2, "pread64": 2, "writev": 2, "getdents64": 1, "access": 1, "brk": 1,
+}
+BUSY_SHARE = 30  # percent, measured: above it one program for all syscalls costs less than one for each that is named
+
+
+def typical_share(sources: Iterable[Source]) -> int:
+    """The share of a typical host's syscalls that are listened to, in percent."""
+    return sum(TYPICAL_SHARES.get(name, 0) for name in {source.syscall.name for source in sources if source.syscall})
+
+
+def sees_all_syscalls(sources: Sequence[Source]) -> bool:
+    """Whether one BTF tracepoint at every syscall's exit is to be used, and not one tracepoint for each syscall."""
+    return typical_share(sources) > BUSY_SHARE and all(
+        source.syscall is None or source.silent or syscall_number(source.syscall.name) is not None
+        for source in sources)
+
+
+class Attachment(NamedTuple):
+    """A program and where it is attached."""
+
+    program: str
+    category: str = ""  # of the tracepoint; empty: as the program's section says
+    name: str = ""
+    cookie: int = 0
+
+    @property
+    def place(self) -> str:
+        return f"{self.category}/{self.name}" if self.category else BTF_PROGRAMS[self.program]
+
+
+BTF_PROGRAMS = {
+    # program -> the BTF tracepoint that its section names
+    "every_sys_exit": "tp_btf/sys_exit", "tcp_state": "tp_btf/inet_sock_set_state",
+    "follow_fork": "tp_btf/sched_process_fork", "forget_process": "tp_btf/sched_process_free",
+}
+PROGRAMS = ("sys_exit", "sys_enter", "tcp_accept", "uring_submit", "tcp_owners", "feed", *BTF_PROGRAMS)
+URING_TRACEPOINTS = ("io_uring_submit_req", "io_uring_submit_sqe")  # since Linux 6.4, and before
+
+
+def field_offset(path: str, name: str) -> Optional[int]:
+    """Where a field of a tracepoint's record is, by its format file; None where either is not there."""
+    try:
+        match = re.search(rf"\b{name};\s*offset:(\d+);", Path(path).read_text())
+    except OSError:
+        return None
+    return int(match[1]) if match else None
 
 
 class FilterCounts(NamedTuple):
@@ -2921,11 +3601,14 @@ class Tracer:
                 print(format_event(event))
 
     The process that traces is left out, unless a selector names its PID. With `tables` only the events that their
-    filters stream are yielded; the others are counted in the kernel, see read_counts() and take_sample().
+    filters stream are yielded; the others are counted in the kernel, see read_counts() and take_sample(). With `follow`
+    the children of the processes that the selectors name are traced like them. `see_all` chooses between one program at
+    every syscall's exit and one for each syscall; None: as explain says.
     """
 
     def __init__(self, selectors: Union[str, Iterable[Union[str, Selector]], Mapping[str, Wanted]],
-                 tables: Optional[Tables] = None, ring_bytes: Optional[int] = None, verbose: bool = False) -> None:
+                 tables: Optional[Tables] = None, ring_bytes: Optional[int] = None, verbose: bool = False,
+                 follow: bool = False, see_all: Optional[bool] = None) -> None:
         if isinstance(selectors, Mapping):
             self.plan = dict(selectors)
         else:
@@ -2935,7 +3618,9 @@ class Tracer:
         self.streams = any(member.spec is None for member in self.tables.filters)
         self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else os.sysconf("SC_PAGE_SIZE"))
         self.sample_ring_bytes = min(ring_bytes or SAMPLE_RING_BYTES, SAMPLE_RING_BYTES)
-        self.verbose = verbose
+        self.verbose, self.follow, self.see_all = verbose, follow, see_all
+        self.attached: List[Attachment] = []
+        self.classes: Dict[Tuple[Tuple[str, int], ...], int] = {}  # (event, program id) of a process -> its class
         self.tick = 1          # tags samples: each filter takes one a tick
         self.samples: Dict[int, List[Tuple[int, Event]]] = {}  # filter -> (tick, sample), at most two
         self.records: List[bytes] = []
@@ -2943,6 +3628,7 @@ class Tracer:
         self.more = False      # the last poll() left records in the ring
         self.object: Any = None
         self.ring: Any = None
+        self.run: Any = None   # struct run, mapped
         self.links: List[Any] = []
         self.clock_offset_ns = 0
         self.callback_error: Optional[BaseException] = None
@@ -2972,7 +3658,9 @@ class Tracer:
         """Opens and loads the object and fills its tables; nothing is attached yet."""
         check_host()
         self.bpf = Libbpf(self.verbose)
-        self.sources = plan_sources(self.plan, mounted_tracefs())
+        self.tracefs = mounted_tracefs()
+        self.sources = plan_sources(self.plan, self.tracefs)
+        self.sees_all = sees_all_syscalls(self.sources) if self.see_all is None else self.see_all
         try:
             self.object_bytes = OBJECT_PATH.read_bytes()
         except OSError as error:
@@ -2991,23 +3679,60 @@ class Tracer:
         except OSError as error:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
+        self.run = mmap.mmap(self.map_fd(".bss"), mmap.PAGESIZE)  # struct run
         self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF, 5 to 10 MB that it does not need any more
         self.fill_tables()
         self.open_ring()
 
+    def attachments(self) -> List[Attachment]:
+        """What will be attached, in this order."""
+        found = []
+        for _, rows in itertools.groupby(enumerate(self.sources), lambda numbered: numbered[1].place()):
+            (row, source), *more = rows
+            cookie = row | (1 + len(more)) << 32  # the kernel attaches a program only once to a tracepoint
+            if source.syscall is not None and (source.at_entry or source.silent):
+                found.append(Attachment("sys_enter", "syscalls", f"sys_enter_{source.syscall.tracepoint}", cookie))
+            if source.syscall is not None and not source.silent and not self.sees_all:
+                found.append(Attachment("sys_exit", "syscalls", f"sys_exit_{source.syscall.tracepoint}", cookie))
+        if self.sees_all:
+            found.append(Attachment("every_sys_exit"))
+        if any(source.event.is_tcp for source in self.sources):
+            found.append(Attachment("tcp_state"))
+            found += [Attachment("tcp_accept", "syscalls", f"sys_exit_{name}") for name in ("accept", "accept4")
+                      if os.path.isdir(f"{self.tracefs}/events/syscalls/sys_exit_{name}")]
+        if self.follow:
+            found.append(Attachment("follow_fork"))
+        if self.follow or any(wanted.pids for wanted in self.plan.values()):
+            found.append(Attachment("forget_process"))
+        for name in URING_TRACEPOINTS:
+            offset = field_offset(f"{self.tracefs}/events/io_uring/{name}/format", "opcode")
+            if offset is not None:
+                found.append(Attachment("uring_submit", "io_uring", name, offset))
+        return found
+
     def configure(self) -> None:
         """What has to be set between opening and loading."""
         own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
-        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds)
+        cpus = self.bpf.call("libbpf_num_possible_cpus")
+        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, len(EVENT_NAMES), cpus)
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
-        self.bpf.call("bpf_program__set_autoload", self.program("feed"), False)
-        tables = self.tables
+        self.attached = self.attachments()
+        needed = {attachment.program for attachment in self.attached}
+        if "tcp_state" in needed:
+            needed.add("tcp_owners")
+        for name in PROGRAMS:
+            self.bpf.call("bpf_program__set_autoload", self.program(name), name in needed)
+        tables, by_process = self.tables, "forget_process" in needed
         sizes = {
             "events": self.ring_bytes, "samples": self.sample_ring_bytes, "sources": len(self.sources),
-            "processes": sum(len(wanted.pids) for wanted in self.plan.values()), "matchers": len(EVENT_NAMES),
-            "vectors": len(tables.vectors), "bounds": len(tables.bounds), "texts": len(tables.texts),
-            "literals": len(tables.literals), "rows": len(tables.rows), "filters": len(tables.filters),
-            "filter_states": len(tables.filters), "filter_counts": len(tables.filters), "groups": tables.group_count}
+            "processes": MAX_PROCESSES if by_process else 1,
+            "classes": MAX_CLASSES * len(EVENT_NAMES) if by_process else 1,
+            "matchers": len(EVENT_NAMES), "vectors": len(tables.vectors), "bounds": len(tables.bounds),
+            "texts": len(tables.texts), "literals": len(tables.literals), "rows": len(tables.rows),
+            "filters": len(tables.filters), "filter_states": len(tables.filters), "filter_counts": len(tables.filters),
+            "groups": tables.group_count, "scratch": 2 * cpus, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
+        for name in ("pending", "pending_long"):
+            sizes[name] = MAX_PENDING if any(source.at_entry for source in self.sources) else 1
         for name, entries in sizes.items():
             self.bpf.call("bpf_map__set_max_entries", self.map(name), max(entries, 1))
 
@@ -3030,17 +3755,63 @@ class Tracer:
     def fill_tables(self) -> None:
         tables = self.tables
         self.update("sources", numbered(source.pack() for source in self.sources))
-        self.update("processes", ((PROCESS_KEY.pack(pid, EVENT_IDS[name]), struct.pack("=Q", program_id))
-                                  for name, wanted in self.plan.items() for pid, program_id in wanted.pids.items()))
+        self.update("syscalls", self.syscall_rows())
+        rows = {source.event.name: row + 1 for row, source in enumerate(self.sources) if source.event.is_tcp}
+        self.update("tcp_rows", numbered(struct.pack("=I", rows.get(f"{name}_{family}", 0))
+                                         for family in ("v4", "v6") for name in TCP_EVENTS))
         self.update("vectors", numbered(tables.vectors))
         self.update("bounds", numbered(struct.pack("=Q", bound) for bound in tables.bounds))
         self.update("texts", tables.texts.items())
         self.update("literals", numbered(struct.pack("=Q", word) for word in tables.literals))
         self.update("rows", numbered(struct.pack("=I", row) for row in tables.rows))
         self.update("filters", numbered(tables.pack_filter(member) for member in tables.filters))
-        self.update("ticks", numbered([struct.pack("=I", self.tick)]))
         self.update("matchers", ((struct.pack("=I", EVENT_IDS[name]), matcher)
                                  for name, matcher in tables.matchers.items()))
+        self.set_tick()
+        for pid in sorted(set().union(*(wanted.pids for wanted in self.plan.values()))):
+            self.classify(pid)
+
+    def syscall_rows(self) -> Iterator[Tuple[bytes, bytes]]:
+        """The entries of the map `syscalls`: number -> its rows of `sources`."""
+        rows: Dict[int, List[int]] = {}
+        for row, source in enumerate(self.sources):
+            number = syscall_number(source.syscall.name) if source.syscall and not source.silent else None
+            if number is not None and self.sees_all:
+                rows.setdefault(number, []).append(row)
+        return ((struct.pack("=I", number), SYSCALL_ROWS.pack(found[0], len(found))) for number, found in rows.items())
+
+    def classify(self, pid: int) -> None:
+        """Puts a process into the class of those that are traced alike."""
+        wanted = tuple((name, wanted.pids[pid]) for name, wanted in self.plan.items() if pid in wanted.pids)
+        if wanted not in self.classes:
+            if len(self.classes) >= MAX_CLASSES:
+                raise UsageError(f"more than {MAX_CLASSES} sets of processes that are traced differently")
+            number = self.classes[wanted] = len(self.classes)
+            self.update("classes", ((struct.pack("=I", number * len(EVENT_NAMES) + EVENT_IDS[name]),
+                                     CLASS_EVENT.pack(program_id, 1, 0)) for name, program_id in wanted))
+        self.update("processes", [(struct.pack("=I", pid), struct.pack("=I", self.classes[wanted]))])
+
+    def add_process(self, pid: int, program_id: int = 0, events: Optional[Iterable[str]] = None) -> None:
+        """Traces one more process, for `events`, or for all that this tracer listens to.
+
+        Works for a tracer whose selectors named processes. Raises UsageError when they did not, for an event that is
+        not listened to and for a process that does not exist.
+        """
+        if "forget_process" not in {attachment.program for attachment in self.attached}:
+            raise UsageError("this tracer traces every process: name some in its selectors")
+        for name in events if events is not None else list(self.plan):
+            if name not in self.plan:
+                raise UsageError(f"event '{escape(name)}' is not traced; traced: {', '.join(self.plan)}")
+            check_process(pid)
+            self.plan[name].pids[pid] = program_id
+        self.update("sources", numbered(source.pack() for source in self.sources))
+        self.classify(pid)
+
+    def remove_process(self, pid: int) -> None:
+        """Traces a process no longer, unless every process is traced; nothing happens when it was not."""
+        for wanted in self.plan.values():
+            wanted.pids.pop(pid, None)
+        self.bpf.library.bpf_map_delete_elem(self.map_fd("processes"), struct.pack("=I", pid))
 
     def open_ring(self) -> None:
         fd = self.map_fd("events")
@@ -3053,17 +3824,36 @@ class Tracer:
         self.epoll.modify(fd, select.EPOLLIN | select.EPOLLET)
 
     def attach(self) -> None:
-        """Attaches to every syscall of the plan. Raises HostError; what was attached by then is detached by close()."""
-        program = self.program("sys_exit")
+        """Attaches to all that the plan needs. Raises HostError; what was attached by then is detached by close()."""
         self.set_clock()
-        for row, source in enumerate(self.sources):
-            options = BpfTracepointOpts(ctypes.sizeof(BpfTracepointOpts), row)
+        for attachment in self.attached:
             try:
-                self.links.append(self.bpf.call("bpf_program__attach_tracepoint_opts", program, b"syscalls",
-                                                f"sys_exit_{source.syscall.name}".encode(), ctypes.byref(options)))
+                self.links.append(self.attach_one(attachment))
             except OSError as error:
-                raise HostError(f"cannot attach to syscalls/sys_exit_{source.syscall.name}: {error.strerror}"
-                                f"{self.bpf.log_tail(3)}") from None
+                raise HostError(f"cannot attach to {attachment.place}: {error.strerror}{self.bpf.log_tail(3)}"
+                                ) from None
+        if any(attachment.program == "tcp_state" for attachment in self.attached):
+            self.find_owners()
+
+    def attach_one(self, attachment: Attachment) -> Any:
+        program = self.program(attachment.program)
+        if not attachment.category:  # where it attaches stands in its section's name
+            return self.bpf.call("bpf_program__attach", program)
+        options = BpfTracepointOpts(ctypes.sizeof(BpfTracepointOpts), attachment.cookie)
+        return self.bpf.call("bpf_program__attach_tracepoint_opts", program, attachment.category.encode(),
+                             attachment.name.encode(), ctypes.byref(options))
+
+    def find_owners(self) -> None:
+        """Runs the iterator over all open files once: whose the connections are that are there already."""
+        try:
+            link = self.bpf.call("bpf_program__attach_iter", self.program("tcp_owners"), None)
+            fd = self.bpf.call("bpf_iter_create", self.bpf.call("bpf_link__fd", link))
+        except OSError as error:
+            raise HostError(f"cannot iterate over open files: {error.strerror}{self.bpf.log_tail(3)}") from None
+        while os.read(fd, 4096):  # it writes nothing: reading makes it run
+            pass
+        os.close(fd)
+        self.bpf.library.bpf_link__destroy(link)
 
     def set_clock(self) -> None:
         """Notes how far CLOCK_BOOTTIME is from Unix time: the wall clock may have been set since."""
@@ -3136,8 +3926,32 @@ class Tracer:
     def next_tick(self) -> int:
         """Lets every filter take a new sample. Returns the tick that has ended."""
         self.tick += 1
-        self.update("ticks", numbered([struct.pack("=I", self.tick & 0xFFFF_FFFF)]))
+        self.set_tick()
         return self.tick - 1
+
+    def set_tick(self) -> None:
+        """Writes the tick into struct run, which the kernel side reads."""
+        struct.pack_into("=I", self.run, 0, self.tick & 0xFFFF_FFFF)
+
+    def missed(self) -> Dict[str, int]:
+        """What the kernel side could not follow, by cause; it stays readable after detach()."""
+        _, calls, owners, children = RUN.unpack_from(self.run)
+        found = {"missed_calls": calls, "missed_owners": owners, "missed_children": children,
+                 "recursion_misses": self.recursion_misses()}
+        return {cause: count for cause, count in found.items() if count}
+
+    def uring_counts(self) -> Dict[int, int]:
+        """io_uring submissions since the start by opcode, of all processes: what they do is seen by no syscall."""
+        return {opcode: count for opcode, count in enumerate(self.per_cpu_sums("uring", URING_OPCODES)) if count}
+
+    def per_cpu_sums(self, name: str, entries: int) -> List[int]:
+        fd, cpus = self.map_fd(name), self.bpf.call("libbpf_num_possible_cpus")
+        buffer = ctypes.create_string_buffer(8 * cpus)
+        sums = []
+        for index in range(entries):
+            self.bpf.call("bpf_map_lookup_elem", fd, struct.pack("=I", index), buffer)
+            sums.append(sum(struct.unpack(f"={cpus}Q", buffer.raw)))
+        return sums
 
     def take_sample(self, index: int, tick: int) -> Optional[Event]:
         """A filter's sample of a tick that has ended, or one of the tick after it that has already come.
@@ -3160,8 +3974,9 @@ class Tracer:
         return value
 
     def recursion_misses(self) -> int:
-        """Events for which the kernel itself skipped the program, of whatever type."""
-        return self.program_info("sys_exit", PROG_INFO_RECURSION_MISSES, "=Q")
+        """Events for which the kernel itself skipped a program, of whatever type."""
+        programs = {attachment.program for attachment in self.attached} - {"uring_submit"}
+        return sum(self.program_info(name, PROG_INFO_RECURSION_MISSES, "=Q") for name in programs)
 
     def verified_instructions(self, name: str = "sys_exit") -> int:
         """Instructions that the verifier walked through for a program; its limit is 1,000,000. From Linux 5.16 on."""
@@ -3192,6 +4007,9 @@ class Tracer:
             self.epoll.close()
             self.bpf.library.ring_buffer__free(self.ring)
             self.ring = None
+        if self.run is not None:
+            self.run.close()
+            self.run = None
         if self.object is not None:
             self.bpf.library.bpf_object__close(self.object)
             self.object = None
@@ -3348,7 +4166,7 @@ class Printer:
             account.passed += 1
             account.alerts += 1
             waiting.append(account)
-            data += (format_event(resolve_path(event)) + "\n").encode("utf-8", "backslashreplace")
+            data += (format_event(event) + "\n").encode("utf-8", "backslashreplace")
             if len(data) >= self.CHUNK:
                 self.settle(waiting, self.write(data))
                 waiting, data = [], b""
@@ -3486,7 +4304,8 @@ def command_trace(options: argparse.Namespace) -> int:
     for warning in spec.warnings if spec else ():
         say(f"warning: {warning}")
     with StopSignals() as stop:
-        tracer = Tracer(plan, Tables(spec.filters) if spec else None, options.ring_size, options.verbose)
+        tables = Tables(spec.filters) if spec else Tables((), plan, PRINTED_FIELDS)
+        tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
         try:
             check_summary(options.summary)
             tracer.load()
@@ -3519,8 +4338,9 @@ def write_summary(path: Optional[str], result: Dict[str, Any]) -> None:
 
 
 def say_ready(tracer: Tracer, what: str) -> None:
-    names = ", ".join(source.syscall.name for source in tracer.sources)
-    say(f"ready: {what}; attached to {names}")
+    names = dict.fromkeys(attachment.place.rpartition("/")[2] for attachment in tracer.attached
+                          if attachment.program != "uring_submit")
+    say(f"ready: {what}; attached to {', '.join(names)}")
 
 
 def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace) -> int:
@@ -3563,6 +4383,14 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace) 
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
+MISSED = {
+    "recursion_misses": "times the kernel skipped a program, for events of whatever type: no filter has seen them",
+    "missed_calls": f"calls were not seen: more than {MAX_PENDING} were between their entry and their exit",
+    "missed_owners": f"connections have no owner: there are more than {MAX_SOCKETS}",
+    "missed_children": f"children are not followed: more than {MAX_PROCESSES} processes are traced",
+}
+
+
 def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> int:
     """Prints the accounting; returns the exit code. Raises BalanceError when it does not add up."""
     for name, causes in tracer.unseen().items():
@@ -3571,13 +4399,13 @@ def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> i
                 for cause, count in causes.items():
                     account.lose(cause, count)
     result = summarize(accounts)
-    lost_samples, misses = tracer.lost_samples(), tracer.recursion_misses()
+    lost_samples, missed = tracer.lost_samples(), tracer.missed()
     if lost_samples:
         result["samples_lost"] = lost_samples
         say(f"{lost_samples} samples did not fit into the ring buffer: their alerts went out without one")
-    if misses:
-        result["recursion_misses"], result["balanced"] = misses, False
-        say(f"the kernel skipped the program for {misses} events, of whatever type: no filter has seen them")
+    for cause, count in missed.items():
+        result[cause], result["balanced"] = count, False
+        say(f"{count} {MISSED[cause]}")
     for line in format_accounting(accounts):
         say(line)
     if result["balanced"]:
@@ -3670,19 +4498,28 @@ def format_parameter(value: Any) -> str:
 
 
 def command_events(options: argparse.Namespace) -> int:
-    for name in options.names:
-        if name not in EVENT_TYPES:
-            raise UsageError(f"unknown event '{escape(name)}'{suggest(name, EVENT_TYPES)}; "
-                             "'traceleft.py events' lists them")
-    for name in options.names or EVENT_NAMES:
-        event_type = EVENT_TYPES[name]
-        print(f"{name}({', '.join(argument.name for argument in event_type.arguments)})")
-        if options.names:
-            for index, argument in enumerate(event_type.arguments, 1):
-                kind = "text" if argument.type.is_text else "integer"
-                print(f"  arg{index}  {argument.name:10} {argument.type_name:8} {kind}")
-            print(f"  syscalls here: {', '.join(syscall.name for syscall in syscalls_here(event_type))}")
+    if options.names:
+        found_events = [find_event(name) for name in options.names]
+        print("\n".join(line for found in found_events for line in describe_event(found)))
+        return 0
+    here = [found for found in EVENT_TYPES.values() if found.is_tcp or syscalls_here(found)]
+    print("\n".join(f"{found.name}({', '.join(argument.name for argument in found.arguments)})" for found in here))
+    print("and, with the arguments that tracefs names:")
+    print(textwrap.fill(" ".join(event_names()[len(EVENT_NAMES):]), 118, initial_indent="  ", subsequent_indent="  "))
     return 0
+
+
+def describe_event(found: EventType) -> List[str]:
+    """The lines that `events NAME` prints."""
+    lines = [f"{found.name}({', '.join(argument.name for argument in found.arguments)})"]
+    for index, argument in enumerate(found.arguments, 1):
+        kind = "text" if argument.is_text else "address" if argument.type.address_bits else "integer"
+        lines.append(f"  arg{index}  {argument.name:10} {argument.type_name:8} {kind}")
+    common = [name for name in event_fields(found) if not re.fullmatch(r"arg[1-6]", name)]
+    lines.append(f"  and: {', '.join(common[len(found.arguments):])}")
+    syscalls = ", ".join(syscall.name for syscall in syscalls_here(found)) or "none"
+    lines.append("  a TCP connection's change of state" if found.is_tcp else f"  syscalls here: {syscalls}")
+    return lines
 
 
 class Parser(argparse.ArgumentParser):
@@ -3725,6 +4562,7 @@ def build_parser() -> Parser:
     trace.add_argument("--spec", "--aggregation-spec", metavar="FILE", help="aggregation spec (JSON)")
     trace.add_argument("--duration", type=parse_duration, metavar="SECONDS", help="stop after this time")
     trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
+    trace.add_argument("--follow", action="store_true", help="children of the selected processes too")
     trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
     trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
                        help=f"ring buffer, a power of two (default {STREAM_RING_BYTES} where events are printed or a "

@@ -21,31 +21,64 @@
 #define AT_FDCWD (-100) /* include/uapi/linux/fcntl.h */
 #define NSEC_PER_SEC 1000000000ULL
 #define REGISTERS 8 /* six and two unused: with a power of two, a mask is a bound that the verifier understands */
-#define COMM_OFFSET DATA_SIZE /* comm has a place behind the data of records, so that texts are all found alike */
-#define TEXT_SIZE (2 * DATA_SIZE)
+#define TEXT_SIZE 32768
 #define TEXT_MASK (TEXT_SIZE - 1)
 #define TEXT_WORDS (STRING_SIZE / 8)
 #define NO_FILTER (~0U)
+
+/* Places in a record's data, behind what is captured of the arguments, of texts that are built elsewhere first. A path
+ * is built from its end to its begin. */
+#define NAME_SIZE 256 /* NAME_MAX and one, include/uapi/linux/limits.h */
+#define REGION_SIZE (PATH_SIZE + NAME_SIZE)
+#define PATH_OFFSET DATA_SIZE
+#define EXE_OFFSET (PATH_OFFSET + REGION_SIZE)
+#define CGROUP_OFFSET (EXE_OFFSET + REGION_SIZE)
+#define FILE_OFFSET (CGROUP_OFFSET + REGION_SIZE)
+#define COMM_OFFSET (FILE_OFFSET + MAX_FILES * REGION_SIZE)
+#define NAME_OFFSET (COMM_OFFSET + NAME_SIZE)
+#define CLIMB 32      /* names that climb() reads */
+#define MAX_CLIMBS 66 /* 2,048 names of one letter fill a path, and there are mount points */
+#define MAX_CGROUPS 64
 
 /* Set by traceleft.py before loading. */
 const volatile __u32 own_pid = 0;          /* never traced: the tracer's own writes would make a loop */
 const volatile __u32 wakeup_bytes = 65536; /* wake the reader when this much is pending; it polls by time anyway */
 const volatile __u64 hash_seeds[2] = {};   /* random: nobody outside can make texts collide */
+const volatile __u32 event_types = 1;      /* entries of `classes` for each class */
+const volatile __u32 cpus = 1;
+
+volatile struct run run = {};
 
 /* What is known of the event at hand. A record is built here and not in the ring: bpf_ringbuf_reserve() wants a size
- * that the verifier knows, so that every record would be as long as the longest. The kernel runs one tracepoint program
- * at a time on a CPU. */
+ * that the verifier knows, so that every record would be as long as the longest. */
 struct record {
 	__u64 values[FIELDS]; /* by enum field */
 	__u64 registers[REGISTERS];
-	__u32 done;            /* fields that have been fetched */
-	__u32 used;            /* bytes of data */
-	__u32 filter;          /* the last one counted: rows of one filter are neighbours, and count once */
-	__u32 flags;           /* enum event_flags */
+	__u32 done;   /* fields that have been fetched */
+	__u32 used;   /* bytes of data */
+	__u32 settled; /* texts that have been moved behind the others, a bit of each field */
+	__u32 reserved;
+	__u32 filter; /* the last one counted: rows of one filter are neighbours, and count once */
+	__u32 flags;  /* enum event_flags */
 	__u64 rows[MAX_WORDS]; /* those that are true so far */
+	__u64 dentry, vfsmount, root_dentry, root_vfsmount; /* on the way from a file to the root */
+	__u32 at;     /* where the path begins as far as it is built */
+	__u32 begin;  /* where it may begin at the earliest */
+	__u32 row;    /* of `sources`, and the process, for a call that is between its entry and its exit */
+	__u32 pid;
+	struct owner owner; /* of a connection: here, since the stack is short */
 	struct event_header header;
 	__u8 data[TEXT_SIZE]; /* behind the header: both go into the ring at once */
 	__u64 slack;          /* the last word of a text may be read beyond its end */
+};
+
+/* What is kept of a record between entry and exit: copying a long one takes a while, and few are. */
+#define RECORD_HEAD __builtin_offsetof(struct record, data)
+struct saved {
+	__u8 bytes[RECORD_HEAD + SHORT_DATA_SIZE];
+};
+struct saved_long {
+	__u8 bytes[RECORD_HEAD + DATA_SIZE];
 };
 
 #define MAP(name, kind, entries, key_type, value_type)                                                                 \
@@ -56,9 +89,12 @@ struct record {
 		__type(value, value_type);                                                                             \
 	} name SEC(".maps")
 
-/* What has one entry here is sized by traceleft.py for the spec before loading. */
+/* What has one entry here is sized by traceleft.py for the spec and the machine before loading. */
 MAP(sources, ARRAY, MAX_SOURCES, __u32, struct source);
-MAP(processes, HASH, MAX_PROCESSES, struct process_key, __u64); /* program id */
+MAP(syscalls, ARRAY, MAX_SYSCALLS, __u32, struct syscall_rows);
+MAP(tcp_rows, ARRAY, 2 * TCP_EVENTS, __u32, __u32); /* row of `sources` + 1, or 0 */
+MAP(processes, HASH, MAX_PROCESSES, __u32, __u32);  /* pid -> class */
+MAP(classes, ARRAY, 1, __u32, struct class_event);  /* class * event_types + event */
 MAP(matchers, ARRAY, MAX_EVENTS, __u32, struct matcher);
 MAP(vectors, ARRAY, 1, __u32, struct vector);
 MAP(bounds, ARRAY, 1, __u32, __u64);
@@ -69,8 +105,11 @@ MAP(filters, ARRAY, 1, __u32, struct filter);
 MAP(filter_states, ARRAY, 1, __u32, struct filter_state);
 MAP(filter_counts, PERCPU_ARRAY, 1, __u32, struct filter_counts);
 MAP(groups, HASH, 1, struct group_key, struct group);
-MAP(ticks, ARRAY, 1, __u32, __u32); /* set by traceleft.py each second */
-MAP(scratch, PERCPU_ARRAY, 1, __u32, struct record);
+MAP(pending, HASH, 1, __u64, struct saved);     /* task -> its call */
+MAP(pending_long, HASH, 1, __u64, struct saved_long);
+MAP(sockets, HASH, 1, __u64, struct owner);     /* struct sock -> whose it is */
+MAP(uring, PERCPU_ARRAY, 256, __u32, __u64);    /* io_uring submissions by opcode */
+MAP(scratch, ARRAY, 2, __u32, struct record);   /* one for each CPU, and one for what comes as softirq meanwhile */
 MAP(synthetic, ARRAY, 1, __u32, struct record); /* the event for the program `feed` */
 
 /* Two, so that a flood of streamed events costs no filter its sample. */
@@ -79,12 +118,311 @@ struct {
 	__uint(max_entries, 4096);
 } samples SEC(".maps"), events SEC(".maps");
 
-/* The context of syscalls/sys_exit_*: struct syscall_tp_t in kernel/trace/trace_syscalls.c. */
+/* The context of syscalls/sys_exit_*: struct syscall_tp_t in kernel/trace/trace_syscalls.c. That of sys_enter_* begins
+ * alike. */
 struct sys_exit_context {
 	__u64 common;
 	__s64 nr;
 	__s64 ret;
 };
+
+/* A mask on the very register that is used next: verifiers before Linux 6.3 forget what a comparison says of a copy. */
+#define BOUND(value, mask) asm volatile("%0 &= %1" : "+r"(value) : "i"(mask))
+
+static __always_inline struct task_struct *current_task(void)
+{
+	return (void *)bpf_get_current_task_btf();
+}
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Paths: what d_path() in fs/d_path.c says, which tracepoints may not call
+ */
+
+#define PIPEFS_MAGIC 0x50495045 /* include/uapi/linux/magic.h */
+#define SOCKFS_MAGIC 0x534F434B
+#define ANON_INODE_FS_MAGIC 0x09041934
+#define NSFS_MAGIC 0x6e736673
+#define PID_FS_MAGIC 0x50494446
+
+static __always_inline void begin_path(struct record *record, __u32 region)
+{
+	record->at = region + REGION_SIZE;
+	record->begin = region + NAME_SIZE;
+}
+
+static __always_inline __u64 end_path(struct record *record, __u32 region)
+{
+	return (region + REGION_SIZE - record->at) | (__u64)record->at << 32;
+}
+
+/* Puts up to 255 bytes before what there is of the path. Returns whether there was room. */
+static __always_inline bool prepend(struct record *record, const void *text, __u32 length)
+{
+	__u32 at = record->at - length;
+
+	if (length >= NAME_SIZE || at < record->begin || at > TEXT_SIZE - NAME_SIZE) {
+		record->flags |= EVENT_PATH_INCOMPLETE;
+		return false;
+	}
+	bpf_probe_read_kernel(&record->data[at], length & (NAME_SIZE - 1), text);
+	record->at = at;
+	return true;
+}
+
+#define PREPEND(record, literal) prepend(record, literal, sizeof(literal) - 1)
+
+static __always_inline void prepend_number(struct record *record, __u64 number)
+{
+	char digit;
+
+	for (int i = 0; i < 20; i++) {
+		digit = '0' + number % 10;
+		prepend(record, &digit, 1);
+		number /= 10;
+		if (!number)
+			break;
+	}
+}
+
+/* A name of the file system, and the slash before it. */
+static __always_inline bool prepend_name(struct record *record, struct dentry *dentry)
+{
+	return prepend(record, BPF_CORE_READ(dentry, d_name.name), BPF_CORE_READ(dentry, d_name.len)) &&
+	       PREPEND(record, "/");
+}
+
+/* Files without a place in a file system: pipes, sockets, … Returns whether it is one. */
+__noinline int name_pseudo_file(struct record *record)
+{
+	struct dentry *dentry;
+	struct vfsmount *vfsmount;
+	struct inode *inode;
+	struct ns_common *ns;
+	char name[32] = {};
+	__u64 magic;
+	__s64 size;
+
+	if (!record)
+		return 0;
+	dentry = (void *)record->dentry;
+	vfsmount = (void *)record->vfsmount;
+	if (!BPF_CORE_READ(dentry, d_op) || !BPF_CORE_READ(dentry, d_op, d_dname))
+		return 0;
+	if (BPF_CORE_READ(dentry, d_parent) == dentry && /* as a mount's root it has a path */
+	    BPF_CORE_READ(vfsmount, mnt_root) == dentry)
+		return 0;
+	inode = BPF_CORE_READ(dentry, d_inode);
+	magic = BPF_CORE_READ(dentry, d_sb, s_magic);
+	if (magic == PIPEFS_MAGIC || magic == SOCKFS_MAGIC || magic == NSFS_MAGIC) {
+		PREPEND(record, "]");
+		prepend_number(record, BPF_CORE_READ(inode, i_ino));
+		PREPEND(record, ":[");
+		if (magic == NSFS_MAGIC) {
+			ns = BPF_CORE_READ(inode, i_private);
+			size = bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(ns, ops, name));
+			prepend(record, name, size > 0 ? size - 1 : 0);
+		} else if (magic == PIPEFS_MAGIC) {
+			PREPEND(record, "pipe");
+		} else {
+			PREPEND(record, "socket");
+		}
+	} else if (magic == PID_FS_MAGIC) {
+		PREPEND(record, "anon_inode:[pidfd]");
+	} else if (magic == ANON_INODE_FS_MAGIC) {
+		prepend(record, BPF_CORE_READ(dentry, d_name.name), BPF_CORE_READ(dentry, d_name.len));
+		PREPEND(record, "anon_inode:");
+	} else { /* memfd_create(), shared memory */
+		PREPEND(record, " (deleted)");
+		prepend_name(record, dentry);
+	}
+	return 1;
+}
+
+/* Goes up some names from record->dentry. Returns whether it has arrived at a root, or cannot go on. */
+__noinline int climb(struct record *record)
+{
+	struct dentry *dentry, *parent, *mount_root;
+	struct vfsmount *vfsmount;
+	struct mount *mount, *mount_parent;
+
+	if (!record)
+		return 1;
+	dentry = (void *)record->dentry;
+	vfsmount = (void *)record->vfsmount;
+	mount_root = BPF_CORE_READ(vfsmount, mnt_root);
+	for (int i = 0; i < CLIMB; i++) {
+		if ((__u64)dentry == record->root_dentry && (__u64)vfsmount == record->root_vfsmount)
+			return 1;
+		parent = BPF_CORE_READ(dentry, d_parent);
+		if (dentry == mount_root || dentry == parent) {
+			mount = (void *)vfsmount - bpf_core_field_offset(struct mount, mnt);
+			mount_parent = BPF_CORE_READ(mount, mnt_parent);
+			if (dentry != mount_root || mount == mount_parent || !mount_parent)
+				return 1; /* the root of all, or of a mount that is gone */
+			dentry = BPF_CORE_READ(mount, mnt_mountpoint);
+			vfsmount = (void *)mount_parent + bpf_core_field_offset(struct mount, mnt);
+			mount_root = BPF_CORE_READ(vfsmount, mnt_root);
+			continue;
+		}
+		if (!prepend_name(record, dentry))
+			return 1;
+		dentry = parent;
+	}
+	record->dentry = (__u64)dentry;
+	record->vfsmount = (__u64)vfsmount;
+	return 0;
+}
+
+/* Puts the path of a file before what there is of the record's. Its root is that of the process. */
+__noinline int prepend_path(struct record *record, __u64 dentry, __u64 vfsmount)
+{
+	struct task_struct *task = current_task();
+	__u32 end;
+
+	if (!record)
+		return 0;
+	end = record->at;
+	record->dentry = dentry;
+	record->vfsmount = vfsmount;
+	if (name_pseudo_file(record))
+		return 0;
+	if (!BPF_CORE_READ((struct dentry *)dentry, d_hash.pprev) &&
+	    BPF_CORE_READ((struct dentry *)dentry, d_parent) != (void *)dentry) {
+		PREPEND(record, " (deleted)");
+		end = 0;
+	}
+	record->root_dentry = (__u64)BPF_CORE_READ(task, fs, root.dentry);
+	record->root_vfsmount = (__u64)BPF_CORE_READ(task, fs, root.mnt);
+	for (int i = 0; i < MAX_CLIMBS; i++)
+		if (climb(record))
+			break;
+	if (record->at == end && (end >= TEXT_SIZE || record->data[end & TEXT_MASK] != '/'))
+		PREPEND(record, "/"); /* the root itself */
+	return 0;
+}
+
+static __always_inline struct file *descriptor_file(struct task_struct *task, __s32 fd)
+{
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file *file = 0;
+
+	if (table && (__u32)fd < BPF_CORE_READ(table, max_fds))
+		bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(table, fd) + (__u32)fd);
+	return file;
+}
+
+static __always_inline __u64 file_path(struct record *record, struct file *file, __u32 region)
+{
+	begin_path(record, region);
+	if (!file)
+		return 0;
+	prepend_path(record, (__u64)BPF_CORE_READ(file, f_path.dentry), (__u64)BPF_CORE_READ(file, f_path.mnt));
+	return end_path(record, region);
+}
+
+/* The name that was passed, behind its directory when it is relative. */
+static __always_inline __u64 joined_path(struct record *record, const struct source *source)
+{
+	struct task_struct *task = current_task();
+	__u64 name = record->values[source->path_argument % MAX_SLOTS];
+	__u32 length = name, offset = name >> 32, at;
+	__s32 dfd = source->dfd == DFD_CWD ? AT_FDCWD : record->registers[source->dfd % REGISTERS];
+	struct file *file;
+
+	record->flags |= EVENT_PATH_UNRESOLVED;
+	if (record->flags & EVENT_INCOMPLETE << source->path_argument % MAX_ARGS)
+		record->flags |= EVENT_PATH_INCOMPLETE;
+	begin_path(record, PATH_OFFSET);
+	if (offset > DATA_SIZE || length > PATH_SIZE)
+		return 0;
+	at = record->at - length;
+	if (at > TEXT_SIZE - 2 * PATH_SIZE)
+		return 0;
+	bpf_probe_read_kernel(&record->data[at], length & (2 * PATH_SIZE - 1), &record->data[offset]);
+	record->at = at;
+	if (length && record->data[offset] == '/')
+		return end_path(record, PATH_OFFSET);
+	if (length && !PREPEND(record, "/"))
+		return end_path(record, PATH_OFFSET);
+	if (dfd == AT_FDCWD) {
+		prepend_path(record, (__u64)BPF_CORE_READ(task, fs, pwd.dentry), (__u64)BPF_CORE_READ(task, fs, pwd.mnt));
+		return end_path(record, PATH_OFFSET);
+	}
+	file = descriptor_file(task, dfd);
+	if (!file) {
+		record->flags |= EVENT_PATH_UNKNOWN;
+		return 0;
+	}
+	prepend_path(record, (__u64)BPF_CORE_READ(file, f_path.dentry), (__u64)BPF_CORE_READ(file, f_path.mnt));
+	return end_path(record, PATH_OFFSET);
+}
+
+static __always_inline __u64 event_path(struct record *record, const struct source *source)
+{
+	struct task_struct *task = current_task();
+	__s64 ret = record->values[FIELD_RET];
+	struct file *file;
+
+	if (source->path_kind == PATH_NONE)
+		return 0;
+	if (source->path_kind == PATH_AT || (ret < 0 && source->path_kind >= PATH_RETURN))
+		return joined_path(record, source);
+	if (source->path_kind == PATH_EXE)
+		file = BPF_CORE_READ(task, mm, exe_file);
+	else
+		file = descriptor_file(task, source->path_kind == PATH_RETURN ? ret :
+					     record->values[source->path_argument % MAX_SLOTS]);
+	if (!file)
+		record->flags |= EVENT_PATH_UNKNOWN;
+	return file_path(record, file, PATH_OFFSET);
+}
+
+/* The path of the file or directory that descriptor argument `index` of the source is. */
+static __always_inline __u64 argument_file(struct record *record, const struct source *source, __u32 index)
+{
+	struct task_struct *task = current_task();
+	__u32 argument = source->files[index], region = FILE_OFFSET + index * REGION_SIZE;
+	__s32 fd;
+
+	if (argument >= MAX_ARGS)
+		return 0;
+	if (source->path_kind == PATH_FD && source->path_argument == argument)
+		return 0; /* complete() takes the event's path */
+	fd = record->values[argument % MAX_SLOTS];
+	if (source->arguments[argument].kind != KIND_DFD || fd != AT_FDCWD)
+		return file_path(record, descriptor_file(task, fd), region);
+	begin_path(record, region);
+	prepend_path(record, (__u64)BPF_CORE_READ(task, fs, pwd.dentry), (__u64)BPF_CORE_READ(task, fs, pwd.mnt));
+	return end_path(record, region);
+}
+
+static __always_inline struct kernfs_node *kernfs_parent(struct kernfs_node *node)
+{
+	if (bpf_core_field_exists(node->parent))
+		return BPF_CORE_READ(node, parent);
+	return BPF_CORE_READ((struct kernfs_node___6_15 *)node, __parent);
+}
+
+/* The path of the process's cgroup of version 2. */
+static __always_inline __u64 cgroup_path(struct record *record)
+{
+	struct kernfs_node *node = BPF_CORE_READ(current_task(), cgroups, dfl_cgrp, kn), *parent;
+	__s64 size;
+
+	begin_path(record, CGROUP_OFFSET);
+	for (int i = 0; i < MAX_CGROUPS && node; i++) {
+		parent = kernfs_parent(node);
+		if (!parent)
+			break;
+		size = bpf_probe_read_kernel_str(&record->data[NAME_OFFSET], NAME_SIZE, BPF_CORE_READ(node, name));
+		if (size <= 0 || !prepend(record, &record->data[NAME_OFFSET], size - 1) || !PREPEND(record, "/"))
+			break;
+		node = parent;
+	}
+	if (record->at == CGROUP_OFFSET + REGION_SIZE)
+		PREPEND(record, "/");
+	return end_path(record, CGROUP_OFFSET);
+}
 
 /* ---------------------------------------------------------------------------------------------------------------
  * Fetching: from registers and memory to struct record
@@ -111,31 +449,6 @@ static __always_inline void read_registers(struct task_struct *task, __u64 *regi
 	}
 }
 
-static __always_inline struct inode *descriptor_inode(struct task_struct *task, __u8 kind, __s32 fd)
-{
-	struct file *file = 0;
-	struct fdtable *table;
-
-	if (kind == KIND_DFD && fd == AT_FDCWD)
-		return BPF_CORE_READ(task, fs, pwd.dentry, d_inode);
-	table = BPF_CORE_READ(task, files, fdt);
-	if (!table || (__u32)fd >= BPF_CORE_READ(table, max_fds))
-		return 0;
-	bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(table, fd) + (__u32)fd);
-	return file ? BPF_CORE_READ(file, f_inode) : 0;
-}
-
-static __always_inline void note_file(struct record *record, struct task_struct *task, __u8 kind, __s32 fd)
-{
-	struct inode *inode = descriptor_inode(task, kind, fd);
-
-	if (!inode)
-		return;
-	record->header.file_inode = BPF_CORE_READ(inode, i_ino);
-	record->header.file_device = BPF_CORE_READ(inode, i_sb, s_dev);
-	record->flags |= EVENT_HAS_FILE;
-}
-
 /* The value of an argument that is not in memory. */
 static __always_inline __u64 scalar(const struct argument *argument, __u64 value)
 {
@@ -152,11 +465,13 @@ static __always_inline __u64 scalar(const struct argument *argument, __u64 value
 static __always_inline __u64 capture(struct record *record, const struct argument *argument, const void *address,
 				     __u64 wanted, bool *whole)
 {
-	__u32 offset = record->used;
+	__u64 offset = record->used;
 	__s64 size;
 
+	*whole = false;
 	if (offset > DATA_SIZE - STRING_SIZE)
 		return 0;
+	BOUND(offset, 8191);
 	if (argument->kind == KIND_STRING) {
 		size = bpf_probe_read_user_str(&record->data[offset], STRING_SIZE, address);
 		*whole = size > 0 && size < STRING_SIZE;
@@ -167,7 +482,42 @@ static __always_inline __u64 capture(struct record *record, const struct argumen
 		size = *whole ? size : 0;
 	}
 	record->used = offset + (__u32)size;
-	return (__u32)size | (__u64)offset << 32;
+	return (__u32)size | offset << 32;
+}
+
+/* The strings of a NULL-terminated array of pointers, joined with spaces. */
+__noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
+{
+	__u32 begin, at;
+	__u64 string;
+	__s64 size;
+	int i = 0;
+
+	if (!record || record->used > DATA_SIZE - STRING_SIZE)
+		return 0;
+	begin = at = record->used;
+	for (; i < MAX_ARGV; i++) {
+		if (bpf_probe_read_user(&string, sizeof(string), (void *)(array + i * sizeof(string))))
+			break;
+		if (!string || at >= begin + PATH_SIZE)
+			break;
+		if (at > TEXT_SIZE - STRING_SIZE)
+			break;
+		size = bpf_probe_read_user_str(&record->data[at], STRING_SIZE, (void *)string);
+		if (size <= 0)
+			break;
+		at += size; /* the NUL counts: it becomes the space */
+		record->data[(at - 1) & TEXT_MASK] = ' ';
+		string = 0;
+	}
+	if (i == MAX_ARGV || string)
+		record->flags |= EVENT_INCOMPLETE << (index & 7);
+	if (at > begin)
+		at--;
+	if (at > begin + PATH_SIZE)
+		at = begin + PATH_SIZE;
+	record->used = at;
+	return (at - begin) | (__u64)begin << 32;
 }
 
 static __always_inline void fetch_argument(struct record *record, const struct source *source, __u32 i)
@@ -182,10 +532,12 @@ static __always_inline void fetch_argument(struct record *record, const struct s
 		__s64 ret = record->values[FIELD_RET];
 		__u64 wanted = ret; /* of what was to be written, too: the rest may not be readable */
 
-		if (ret < 0)
+		if (ret < 0 || argument->bits) /* bits: the length is what the register says, whatever came of the call */
 			wanted = argument->kind == KIND_BUFFER_IN ? record->registers[argument->value % REGISTERS] : 0;
 
 		record->values[i] = capture(record, argument, (void *)value, wanted, &whole);
+	} else if (argument->kind == KIND_ARGV) {
+		record->values[i] = capture_argv(record, i, value);
 	} else {
 		record->values[i] = scalar(argument, value);
 	}
@@ -193,10 +545,19 @@ static __always_inline void fetch_argument(struct record *record, const struct s
 		record->flags |= EVENT_INCOMPLETE << i;
 }
 
+static __always_inline __u32 pid_namespace(struct task_struct *task)
+{
+	struct pid *pid = BPF_CORE_READ(task, thread_pid);
+	__u32 level = BPF_CORE_READ(pid, level);
+	struct upid upid = {};
+
+	bpf_core_read(&upid, sizeof(upid), &pid->numbers[level]);
+	return BPF_CORE_READ(upid.ns, ns.inum);
+}
+
 /* Fetches the fields of the mask that have not been yet: what was matched is what is shown. */
 __noinline int fetch(struct record *record, const struct source *source, __u32 mask)
 {
-	struct task_struct *task = (void *)bpf_get_current_task_btf();
 
 	if (!record || !source)
 		return 0;
@@ -207,8 +568,6 @@ __noinline int fetch(struct record *record, const struct source *source, __u32 m
 			fetch_argument(record, source, i);
 	if (mask >> FIELD_TID & 1)
 		record->values[FIELD_TID] = (__u32)bpf_get_current_pid_tgid();
-	if (mask >> FIELD_PPID & 1)
-		record->values[FIELD_PPID] = (__u32)BPF_CORE_READ(task, real_parent, tgid);
 	if (mask >> FIELD_UID & 1 || mask >> FIELD_GID & 1) {
 		__u64 uid_gid = bpf_get_current_uid_gid();
 
@@ -225,13 +584,76 @@ __noinline int fetch(struct record *record, const struct source *source, __u32 m
 	}
 	if (mask >> FIELD_TIME & 1)
 		record->header.timestamp_ns = bpf_ktime_get_boot_ns();
-	if (mask >> FIELD_FILE & 1) {
-		for (int i = 0; i < MAX_ARGS; i++)
-			if (source->arguments[i].kind >= KIND_FD)
-				note_file(record, task, source->arguments[i].kind, record->values[i]);
+	return 0;
+}
+
+/* The same for the fields that are farther away: apart, since few rules need them. */
+__noinline int fetch_more(struct record *record, const struct source *source, __u32 mask)
+{
+	struct task_struct *task = current_task();
+
+	if (!record || !source)
+		return 0;
+	mask &= ~record->done;
+	record->done |= mask;
+	if (mask >> FIELD_PPID & 1)
+		record->values[FIELD_PPID] = (__u32)BPF_CORE_READ(task, real_parent, tgid);
+	if (mask >> FIELD_EUID & 1)
+		record->values[FIELD_EUID] = BPF_CORE_READ(task, cred, euid.val);
+	if (mask >> FIELD_MNTNS & 1)
+		record->values[FIELD_MNTNS] = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+	if (mask >> FIELD_NETNS & 1)
+		record->values[FIELD_NETNS] = BPF_CORE_READ(task, nsproxy, net_ns, ns.inum);
+	if (mask >> FIELD_PIDNS & 1) {
+		record->values[FIELD_PIDNS] = pid_namespace(task);
 		if (BPF_CORE_READ(task, thread_pid, level) > 0)
 			record->flags |= EVENT_CONTAINER;
 	}
+	if (mask >> FIELD_PATH & 1)
+		record->values[FIELD_PATH] = event_path(record, source);
+	if (mask >> FIELD_EXE & 1)
+		record->values[FIELD_EXE] = file_path(record, BPF_CORE_READ(task, mm, exe_file), EXE_OFFSET);
+	if (mask >> FIELD_CGROUP & 1)
+		record->values[FIELD_CGROUP] = cgroup_path(record);
+	for (int i = 0; i < MAX_FILES; i++)
+		if (mask >> (FIELD_FILE + i) & 1)
+			record->values[FIELD_FILE + i] = argument_file(record, source, i);
+	return 0;
+}
+
+/* Fields that fetch_more() fetches. */
+#define MORE_FIELDS                                                                                                    \
+	(1U << FIELD_PPID | 1U << FIELD_EUID | 1U << FIELD_MNTNS | 1U << FIELD_NETNS | 1U << FIELD_PIDNS |             \
+	 1U << FIELD_PATH | 1U << FIELD_EXE | 1U << FIELD_CGROUP | 1U << FIELD_FILE | 1U << FIELD_FILE_1)
+
+static __always_inline void fetch_all(struct record *record, const struct source *source, __u32 mask)
+{
+	fetch(record, source, mask & ~MORE_FIELDS);
+	if (mask & MORE_FIELDS)
+		fetch_more(record, source, mask & MORE_FIELDS);
+}
+
+/* Moves a text that was built elsewhere behind the others, where it goes into the ring. */
+__noinline int settle_text(struct record *record, __u32 field)
+{
+	__u32 length, offset, used;
+	__u64 value;
+
+	if (!record)
+		return 0;
+	value = record->values[field % FIELDS];
+	length = value;
+	offset = value >> 32;
+	used = record->used;
+	if (record->settled >> (field % FIELDS) & 1 || !length)
+		return 0;
+	if (offset > COMM_OFFSET || length > PATH_SIZE || used > RECORD_DATA_SIZE - PATH_SIZE)
+		return 0;
+	record->settled |= 1U << (field % FIELDS);
+	/* to a lower address, in ascending order: the two may overlap */
+	bpf_probe_read_kernel(&record->data[used], length & (2 * PATH_SIZE - 1), &record->data[offset]);
+	record->values[field % FIELDS] = length | (__u64)used << 32;
+	record->used = used + length;
 	return 0;
 }
 
@@ -452,27 +874,46 @@ static __always_inline struct group *find_group(const struct record *record, con
 	return bpf_map_lookup_elem(&groups, &key);
 }
 
-/* Completes the record, but for its data. */
-static __always_inline void complete(struct record *record, const struct source *source, __u32 filter, __u32 tick)
+/* Completes the record. */
+static __always_inline void complete(struct record *record, const struct source *source, const struct filter *filter,
+				     __u32 index)
 {
 	struct event_header *header = &record->header;
 
-	fetch(record, source, ~0U);
-	for (int i = 0; i < MAX_ARGS; i++)
+	fetch_all(record, source, filter->fields);
+	settle_text(record, FIELD_PATH);
+	settle_text(record, FIELD_EXE);
+	settle_text(record, FIELD_CGROUP);
+	for (int i = 0; i < MAX_FILES; i++) {
+		if (source->path_kind == PATH_FD && source->files[i] == source->path_argument) {
+			header->files[i] = record->values[FIELD_PATH];
+			continue;
+		}
+		settle_text(record, FIELD_FILE + i);
+		header->files[i] = record->values[FIELD_FILE + i];
+	}
+	for (int i = 0; i < MAX_SLOTS; i++)
 		header->args[i] = record->values[i];
 	header->ret = record->values[FIELD_RET];
 	header->program_id = record->values[FIELD_PROGRAM_ID];
+	header->path = record->values[FIELD_PATH];
+	header->exe = record->values[FIELD_EXE];
+	header->cgroup = record->values[FIELD_CGROUP];
 	header->pid = record->values[FIELD_PID];
 	header->tid = record->values[FIELD_TID];
 	header->ppid = record->values[FIELD_PPID];
 	header->uid = record->values[FIELD_UID];
 	header->gid = record->values[FIELD_GID];
+	header->euid = record->values[FIELD_EUID];
+	header->mntns = record->values[FIELD_MNTNS];
+	header->netns = record->values[FIELD_NETNS];
+	header->pidns = record->values[FIELD_PIDNS];
 	__builtin_memcpy(header->comm, &record->data[COMM_OFFSET], COMM_SIZE);
 	header->event = source->event;
 	header->flags = record->flags;
 	header->version = RECORD_VERSION;
-	header->filter = filter;
-	header->tick = tick;
+	header->filter = index;
+	header->tick = run.tick;
 }
 
 /* Puts the record into the ring of samples, which is read each second, or of streamed events. */
@@ -482,7 +923,7 @@ static __always_inline void submit(struct record *record, const struct filter *f
 	__u64 pending;
 	long full;
 
-	if (size > sizeof(record->header) + DATA_SIZE) /* never: for the verifier */
+	if (size > sizeof(record->header) + RECORD_DATA_SIZE) /* never: for the verifier */
 		return;
 	if (filter->flags & FILTER_STREAM) {
 		/* Only the record that crosses the mark wakes the reader: behind it, it is awake and has not caught up. */
@@ -502,7 +943,7 @@ static __always_inline void submit(struct record *record, const struct filter *f
 /* Counts the event for the filter of a row that is true. */
 __noinline int count_row(struct record *record, const struct source *source, __u32 row)
 {
-	__u32 *index = bpf_map_lookup_elem(&rows, &row), *tick, zero = 0, filter_index;
+	__u32 *index = bpf_map_lookup_elem(&rows, &row), filter_index, now = run.tick;
 	struct filter_counts *counts;
 	struct filter_state *state;
 	struct group *group;
@@ -514,8 +955,7 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 	filter = bpf_map_lookup_elem(&filters, &filter_index);
 	state = bpf_map_lookup_elem(&filter_states, &filter_index);
 	counts = bpf_map_lookup_elem(&filter_counts, &filter_index);
-	tick = bpf_map_lookup_elem(&ticks, &zero);
-	if (!filter || !state || !counts || !tick)
+	if (!filter || !state || !counts)
 		return 0;
 	counts->matched++;
 	if (!(filter->flags & FILTER_STREAM)) {
@@ -525,10 +965,10 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 			return 0;
 		}
 		counts->passed++;
-		if (state->sampled == *tick || __sync_lock_test_and_set(&state->sampled, *tick) == *tick)
+		if (state->sampled == now || __sync_lock_test_and_set(&state->sampled, now) == now)
 			return 0;
 	}
-	complete(record, source, filter_index, *tick);
+	complete(record, source, filter, filter_index);
 	submit(record, filter, counts);
 	return 0;
 }
@@ -563,51 +1003,464 @@ static __always_inline void count(struct record *record, const struct source *so
 	}
 }
 
+/* The event that the record holds, for all filters of its type. */
+static __always_inline void deliver(struct record *record, const struct source *source, const struct matcher *matcher)
+{
+	if (matcher->needed & ~record->done)
+		fetch_all(record, source, matcher->needed);
+	if (match(record, matcher))
+		count(record, source, matcher);
+}
+
 /* ---------------------------------------------------------------------------------------------------------------
- * Programs
+ * Programs for syscalls
  */
 
 static __always_inline bool wanted_process(const struct source *source, __u32 pid, __u64 *program_id)
 {
+	struct class_event *wanted;
+	__u32 *class, place;
+
+	if (pid == own_pid)
+		return false;
 	*program_id = source->program_id;
 	if (source->flags & SOURCE_BY_PROCESS) {
-		struct process_key key = { .pid = pid, .event = source->event };
-		__u64 *id = bpf_map_lookup_elem(&processes, &key);
-
-		if (id) {
-			*program_id = *id;
-			return true;
+		class = bpf_map_lookup_elem(&processes, &pid);
+		if (class) {
+			place = *class * event_types + source->event;
+			wanted = bpf_map_lookup_elem(&classes, &place);
+			if (wanted && wanted->wanted) {
+				*program_id = wanted->program_id;
+				return true;
+			}
 		}
 	}
 	return source->flags & SOURCE_ANY_PROCESS;
 }
 
-SEC("tp")
-int sys_exit(struct sys_exit_context *context)
+static __always_inline struct record *own_record(__u32 first)
 {
-	__u32 pid = bpf_get_current_pid_tgid() >> 32, row = bpf_get_attach_cookie(context), zero = 0, event;
-	struct source *source = bpf_map_lookup_elem(&sources, &row);
-	struct record *record = bpf_map_lookup_elem(&scratch, &zero);
-	struct matcher *matcher;
-	__u64 program_id;
+	__u32 place = first + bpf_get_smp_processor_id();
 
-	if (!source || !record || pid == own_pid || !wanted_process(source, pid, &program_id))
+	return bpf_map_lookup_elem(&scratch, &place);
+}
+
+static __always_inline void begin_record(struct record *record, __u64 ret, __u32 pid, __u64 program_id)
+{
+	record->done = 1U << FIELD_RET | 1U << FIELD_PID | 1U << FIELD_PROGRAM_ID;
+	record->used = record->flags = record->settled = 0;
+	record->values[FIELD_RET] = ret;
+	record->values[FIELD_PID] = pid;
+	record->values[FIELD_PROGRAM_ID] = program_id;
+}
+
+/* Takes up what was read at the entry of the call that ends now. */
+static __always_inline bool resume_call(struct record *record, __u32 row, __u32 pid)
+{
+	__u64 task = (__u64)current_task();
+	struct saved *saved = bpf_map_lookup_elem(&pending, &task);
+	struct saved_long *saved_long;
+
+	if (saved) {
+		bpf_probe_read_kernel(record, sizeof(*saved), saved);
+		bpf_map_delete_elem(&pending, &task);
+	} else {
+		saved_long = bpf_map_lookup_elem(&pending_long, &task);
+		if (!saved_long)
+			return false;
+		bpf_probe_read_kernel(record, sizeof(*saved_long), saved_long);
+		bpf_map_delete_elem(&pending_long, &task);
+	}
+	return record->row == row && record->pid == pid; /* else it is what a task left behind that had its address */
+}
+
+#define ALL_ARGUMENTS ((1U << MAX_SLOTS) - 1)
+
+static __always_inline int syscall(__u32 row, __s64 ret, bool at_entry)
+{
+	__u32 pid = bpf_get_current_pid_tgid() >> 32, event;
+	struct source *source = bpf_map_lookup_elem(&sources, &row);
+	struct record *record = own_record(0);
+	struct task_struct *task = current_task();
+	struct matcher *matcher;
+	__u64 program_id, key;
+
+	if (!source || !record || !wanted_process(source, pid, &program_id))
 		return 0;
 	event = source->event;
 	matcher = bpf_map_lookup_elem(&matchers, &event);
 	if (!matcher)
 		return 0;
-	read_registers((void *)bpf_get_current_task_btf(), record->registers);
-	if (source->flags & SOURCE_ONLY_FDCWD && (__s32)record->registers[0] != AT_FDCWD)
+	if (!at_entry && source->flags & SOURCE_AT_ENTRY) {
+		if (!resume_call(record, row, pid))
+			return 0; /* it began before we did */
+		record->values[FIELD_RET] = ret;
+		if (source->path_kind == PATH_EXE)
+			record->done &= ~(1U << FIELD_PATH);
+		deliver(record, source, matcher);
 		return 0;
+	}
+	read_registers(task, record->registers);
+	for (int i = 0; i < MAX_ARGS; i++)
+		if (source->only_fdcwd >> i & 1 && (__s32)record->registers[i] != AT_FDCWD)
+			return 0;
+	if (source->condition_register < MAX_ARGS &&
+	    (__u32)record->registers[source->condition_register % REGISTERS] != source->condition)
+		return 0;
+	begin_record(record, ret, pid, program_id);
+	if (at_entry && source->flags & SOURCE_AT_ENTRY) {
+		record->row = row;
+		record->pid = pid;
+		fetch(record, source, ALL_ARGUMENTS);
+		if (source->path_kind == PATH_FD) {
+			fetch_more(record, source, 1U << FIELD_PATH);
+			settle_text(record, FIELD_PATH);
+		}
+		key = (__u64)task;
+		if (record->used <= SHORT_DATA_SIZE ? bpf_map_update_elem(&pending, &key, record, BPF_ANY) :
+						      bpf_map_update_elem(&pending_long, &key, record, BPF_ANY))
+			__sync_fetch_and_add(&run.missed_calls, 1);
+		return 0;
+	}
+	deliver(record, source, matcher);
+	return 0;
+}
 
-	record->done = record->used = record->flags = 0;
-	record->values[FIELD_RET] = context->ret;
-	record->values[FIELD_PID] = pid;
-	record->values[FIELD_PROGRAM_ID] = program_id;
-	fetch(record, source, matcher->needed);
-	if (match(record, matcher))
-		count(record, source, matcher);
+/* The event types that one syscall becomes. The cookie is the first row of `sources`, and their number << 32. */
+static __always_inline int syscall_rows(__u64 cookie, __s64 ret, bool at_entry)
+{
+	for (__u32 i = 0; i < MAX_ROWS_OF_SYSCALL; i++) {
+		if (i >= cookie >> 32)
+			break;
+		syscall((__u32)cookie + i, ret, at_entry);
+	}
+	return 0;
+}
+
+/* Attached to syscalls/sys_exit_* of each syscall that is named. */
+SEC("tp")
+int sys_exit(struct sys_exit_context *context)
+{
+	return syscall_rows(bpf_get_attach_cookie(context), context->ret, false);
+}
+
+/* The same for syscalls/sys_enter_*, where the arguments do not outlive the call, or it does not return. */
+SEC("tp")
+int sys_enter(struct sys_exit_context *context)
+{
+	return syscall_rows(bpf_get_attach_cookie(context), 0, true);
+}
+
+/* Whether the task is in a call of the 32-bit table: its numbers mean other syscalls. */
+static __always_inline bool in_compat_syscall(struct task_struct *task)
+{
+	struct thread_info___x86_64 *info = (void *)&task->thread_info;
+
+	if (bpf_core_field_exists(struct pt_regs___x86_64, di))
+		return BPF_CORE_READ(info, status) & 2; /* TS_COMPAT, arch/x86/include/asm/thread_info.h */
+	return BPF_CORE_READ(task, thread_info.flags) >> 22 & 1; /* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
+}
+
+/* Instead of sys_exit where most of a host's syscalls are named: one program for all of them. */
+SEC("tp_btf/sys_exit")
+int every_sys_exit(__u64 *context)
+{
+	struct task_struct *task = current_task();
+	struct pt_regs *regs = (void *)bpf_task_pt_regs(task);
+	struct syscall_rows *found;
+	__u32 number;
+
+	if (bpf_core_field_exists(struct pt_regs___x86_64, di))
+		number = ((struct pt_regs___x86_64 *)regs)->orig_ax;
+	else
+		number = BPF_CORE_READ((struct pt_regs___aarch64 *)regs, syscallno);
+	found = bpf_map_lookup_elem(&syscalls, &number); /* x32 calls have numbers beyond it */
+	if (!found || !found->count || in_compat_syscall(task))
+		return 0;
+	return syscall_rows(found->first | (__u64)found->count << 32, context[1], false);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Programs for TCP
+ */
+
+#define AF_INET 2 /* include/linux/socket.h */
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define ECONNABORTED 103
+#define PF_KTHREAD 0x00200000 /* include/linux/sched.h */
+#define SHUTDOWN_MASK 3       /* include/net/sock.h */
+#define S_IFMT 0170000
+#define S_IFSOCK 0140000
+
+enum { /* include/net/tcp_states.h */
+	TCP_ESTABLISHED = 1,
+	TCP_SYN_SENT,
+	TCP_SYN_RECV,
+	TCP_FIN_WAIT1,
+	TCP_CLOSE = 7,
+	TCP_CLOSE_WAIT,
+	TCP_LAST_ACK,
+};
+
+static __always_inline void fill_owner(struct owner *owner, struct task_struct *task)
+{
+	owner->pid = BPF_CORE_READ(task, tgid);
+	owner->tid = BPF_CORE_READ(task, pid);
+	owner->ppid = BPF_CORE_READ(task, real_parent, tgid);
+	owner->uid = BPF_CORE_READ(task, cred, uid.val);
+	owner->gid = BPF_CORE_READ(task, cred, gid.val);
+	owner->euid = BPF_CORE_READ(task, cred, euid.val);
+	owner->mntns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+	owner->pidns = pid_namespace(task);
+	owner->in_container = BPF_CORE_READ(task, thread_pid, level) > 0;
+	owner->established = 0;
+	bpf_core_read(&owner->comm, sizeof(owner->comm), &task->comm);
+}
+
+static __always_inline __u64 host_order(const __be32 *words)
+{
+	return (__u64)__builtin_bswap32(words[0]) << 32 | __builtin_bswap32(words[1]);
+}
+
+/* Fills in the arguments. Returns whether the connection is of IPv6. */
+static __always_inline bool read_connection(struct sock *sock, __u64 *values)
+{
+	struct in6_addr from = {}, to = {};
+	__u64 *ports = values + 2;
+	bool v6 = false;
+
+	if (BPF_CORE_READ(sock, __sk_common.skc_family) == AF_INET6) {
+		BPF_CORE_READ_INTO(&from, sock, __sk_common.skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO(&to, sock, __sk_common.skc_v6_daddr);
+		v6 = to.in6_u.u6_addr32[0] || to.in6_u.u6_addr32[1] || to.in6_u.u6_addr32[2] != __builtin_bswap32(0xffff);
+	}
+	if (v6) {
+		values[0] = host_order(&from.in6_u.u6_addr32[0]);
+		values[1] = host_order(&from.in6_u.u6_addr32[2]);
+		values[2] = host_order(&to.in6_u.u6_addr32[0]);
+		values[3] = host_order(&to.in6_u.u6_addr32[2]);
+		ports = values + 4;
+	} else {
+		values[0] = __builtin_bswap32(BPF_CORE_READ(sock, __sk_common.skc_rcv_saddr));
+		values[1] = __builtin_bswap32(BPF_CORE_READ(sock, __sk_common.skc_daddr));
+	}
+	ports[0] = __builtin_bswap16(BPF_CORE_READ((struct inet_sock *)sock, inet_sport));
+	ports[1] = __builtin_bswap16(BPF_CORE_READ(sock, __sk_common.skc_dport));
+	ports[2] = BPF_CORE_READ(sock, __sk_common.skc_net.net, ns.inum);
+	return v6;
+}
+
+/* Delivers an event of a connection whose owner the record holds. */
+__noinline int tcp_event(struct record *record, __u64 sock, __u32 kind, __u64 ret)
+{
+	__u32 place, *row, index, length = 0, event;
+	struct source *source;
+	struct matcher *matcher;
+	struct owner *owner;
+	__u64 program_id;
+
+	if (!record || kind >= TCP_EVENTS)
+		return 0;
+	owner = &record->owner;
+	place = kind + (read_connection((void *)sock, record->values) ? TCP_EVENTS : 0);
+	row = bpf_map_lookup_elem(&tcp_rows, &place);
+	if (!row || !*row)
+		return 0;
+	index = *row - 1;
+	source = bpf_map_lookup_elem(&sources, &index);
+	if (!source || !wanted_process(source, owner->pid, &program_id))
+		return 0;
+	event = source->event;
+	matcher = bpf_map_lookup_elem(&matchers, &event);
+	if (!matcher)
+		return 0;
+	begin_record(record, ret, owner->pid, program_id);
+	record->done = ~0U;
+	record->flags = owner->in_container ? EVENT_CONTAINER : 0;
+	record->values[FIELD_TID] = owner->tid;
+	record->values[FIELD_PPID] = owner->ppid;
+	record->values[FIELD_UID] = owner->uid;
+	record->values[FIELD_GID] = owner->gid;
+	record->values[FIELD_EUID] = owner->euid;
+	record->values[FIELD_MNTNS] = owner->mntns;
+	record->values[FIELD_PIDNS] = owner->pidns;
+	record->values[FIELD_NETNS] = BPF_CORE_READ((struct sock *)sock, __sk_common.skc_net.net, ns.inum);
+	record->values[FIELD_PATH] = record->values[FIELD_EXE] = record->values[FIELD_CGROUP] = 0;
+	record->values[FIELD_FILE] = record->values[FIELD_FILE_1] = 0;
+	__builtin_memcpy(&record->data[COMM_OFFSET], owner->comm, COMM_SIZE);
+	for (; length < COMM_SIZE - 1 && record->data[COMM_OFFSET + length]; length++)
+		;
+	record->values[FIELD_COMM] = length | (__u64)COMM_OFFSET << 32;
+	record->header.timestamp_ns = bpf_ktime_get_boot_ns();
+	deliver(record, source, matcher);
+	return 0;
+}
+
+static __always_inline void set_owner(__u64 sock, const struct owner *owner)
+{
+	if (bpf_map_update_elem(&sockets, &sock, owner, BPF_ANY))
+		__sync_fetch_and_add(&run.missed_owners, 1);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int tcp_state(__u64 *context)
+{
+	struct record *record = own_record(cpus); /* in a softirq, or when one may come: not that of the syscalls */
+	__s32 old = context[1], new = context[2];
+	struct task_struct *task = current_task();
+	struct owner *owner, *known;
+	struct sock *sock;
+	__s32 error;
+	__u64 key;
+
+	/* read as memory it is a number, and not a pointer, which the verifier lets no function of its own take */
+	if (!record || bpf_probe_read_kernel(&key, sizeof(key), &context[0]))
+		return 0;
+	sock = (void *)key;
+	owner = &record->owner;
+	if (BPF_CORE_READ(sock, sk_protocol) != IPPROTO_TCP)
+		return 0;
+	if (new == TCP_SYN_SENT) { /* in connect(): the one place where a new connection's owner is certain */
+		fill_owner(owner, task);
+		set_owner(key, owner);
+		return 0;
+	}
+	known = bpf_map_lookup_elem(&sockets, &key);
+	if (known)
+		__builtin_memcpy(owner, known, sizeof(*owner));
+	if (known && !owner->established) {
+		if (new == TCP_ESTABLISHED) {
+			known->established = 1;
+			tcp_event(record, key, TCP_CONNECT, 0);
+		} else if (new == TCP_CLOSE) {
+			error = BPF_CORE_READ(sock, sk_err);
+			bpf_map_delete_elem(&sockets, &key);
+			tcp_event(record, key, TCP_CONNECT, error ? -error : -ECONNABORTED);
+		}
+		return 0;
+	}
+	if (old != TCP_ESTABLISHED && old != TCP_CLOSE_WAIT)
+		return 0;
+	if (new == TCP_FIN_WAIT1 || new == TCP_LAST_ACK || BPF_CORE_READ(sock, sk_shutdown) == SHUTDOWN_MASK) {
+		/* by the process that closes: not always the one that opened, after fork() */
+		if (new != TCP_CLOSE && new != TCP_FIN_WAIT1 && new != TCP_LAST_ACK)
+			return 0;
+		if (!(BPF_CORE_READ(task, flags) & PF_KTHREAD))
+			fill_owner(owner, task);
+		else if (!known)
+			return 0;
+	} else if (new != TCP_CLOSE || !known) { /* reset by the peer; nobody has accepted it */
+		return 0;
+	}
+	bpf_map_delete_elem(&sockets, &key);
+	tcp_event(record, key, TCP_CLOSED, 0);
+	return 0;
+}
+
+static __always_inline struct sock *tcp_sock(struct file *file)
+{
+	struct socket *socket;
+	struct sock *sock;
+
+	if (!file || (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+		return 0;
+	socket = BPF_CORE_READ(file, private_data);
+	sock = BPF_CORE_READ(socket, sk);
+	return sock && BPF_CORE_READ(sock, sk_protocol) == IPPROTO_TCP ? sock : 0;
+}
+
+/* Attached to sys_exit_accept and sys_exit_accept4. */
+SEC("tp")
+int tcp_accept(struct sys_exit_context *context)
+{
+	struct record *record = own_record(0);
+	struct sock *sock = context->ret >= 0 ? tcp_sock(descriptor_file(current_task(), context->ret)) : 0;
+
+	if (!record || !sock)
+		return 0;
+	fill_owner(&record->owner, current_task());
+	record->owner.established = 1;
+	tcp_event(record, (__u64)sock, TCP_ACCEPT, 0);
+	if (BPF_CORE_READ(sock, __sk_common.skc_state) == TCP_CLOSE) /* reset before it was accepted */
+		tcp_event(record, (__u64)sock, TCP_CLOSED, 0);
+	else
+		set_owner((__u64)sock, &record->owner);
+	return 0;
+}
+
+/* Run once after attaching: the owners of the connections that are there already. */
+SEC("iter/task_file")
+int tcp_owners(struct bpf_iter__task_file *context)
+{
+	struct task_struct *task = context->task;
+	struct file *file = context->file;
+	struct owner owner = {};
+	struct sock *sock;
+	__u64 key;
+	__u8 state;
+
+	if (!task || !file)
+		return 0;
+	sock = tcp_sock(file);
+	if (!sock)
+		return 0;
+	state = BPF_CORE_READ(sock, __sk_common.skc_state);
+	if (state != TCP_ESTABLISHED && state != TCP_SYN_SENT && state != TCP_CLOSE_WAIT)
+		return 0;
+	fill_owner(&owner, task);
+	owner.established = state != TCP_SYN_SENT;
+	key = (__u64)sock;
+	bpf_map_update_elem(&sockets, &key, &owner, BPF_NOEXIST);
+	return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Programs around these
+ */
+
+/* --follow: a child is traced as its parent is. */
+SEC("tp_btf/sched_process_fork")
+int follow_fork(__u64 *context)
+{
+	struct task_struct *parent = (void *)context[0], *child = (void *)context[1];
+	__u32 from = BPF_CORE_READ(parent, tgid), to = BPF_CORE_READ(child, tgid), class, *known;
+
+	known = bpf_map_lookup_elem(&processes, &from);
+	if (!known || from == to) /* a thread */
+		return 0;
+	class = *known;
+	if (bpf_map_update_elem(&processes, &to, &class, BPF_ANY))
+		__sync_fetch_and_add(&run.missed_children, 1);
+	return 0;
+}
+
+/* A process that is gone is no longer traced: its number will be another's. Its last files are closed by now. */
+SEC("tp_btf/sched_process_free")
+int forget_process(__u64 *context)
+{
+	struct task_struct *task = (void *)context[0];
+	__u32 pid = BPF_CORE_READ(task, pid);
+
+	if (pid == (__u32)BPF_CORE_READ(task, tgid))
+		bpf_map_delete_elem(&processes, &pid);
+	return 0;
+}
+
+/* Attached to io_uring/io_uring_submit_*, whose `opcode` is where the cookie says. These calls are not seen otherwise. */
+SEC("tp")
+int uring_submit(void *context)
+{
+	__u8 fields[64] = {}; /* the begin of the tracepoint's record: a context cannot be read at a variable offset */
+	__u64 *count;
+	__u32 key;
+
+	if (bpf_probe_read_kernel(fields, sizeof(fields), context))
+		return 0;
+	key = fields[bpf_get_attach_cookie(context) % sizeof(fields)];
+	count = bpf_map_lookup_elem(&uring, &key);
+	if (count)
+		++*count;
 	return 0;
 }
 
@@ -627,8 +1480,7 @@ int feed(void *context __attribute__((unused)))
 	matcher = bpf_map_lookup_elem(&matchers, &event);
 	if (!source || !matcher)
 		return 1;
-	if (match(record, matcher))
-		count(record, source, matcher);
+	deliver(record, source, matcher);
 	return 0;
 }
 

@@ -6,22 +6,33 @@
 #ifndef TRACELEFT_H
 #define TRACELEFT_H
 
-#define RECORD_VERSION 2
+#define RECORD_VERSION 3
 
 enum limits {
 	MAX_ARGS = 6,        /* a syscall has at most six */
+	MAX_SLOTS = 8,       /* values of an event's arguments: an IPv6 address takes two */
 	COMM_SIZE = 16,      /* TASK_COMM_LEN, include/linux/sched.h */
 	STRING_SIZE = 4097,  /* PATH_MAX with its NUL, and one byte more that tells "exactly that long" from "cut" */
 	BUFFER_SIZE = 256,   /* of a buffer only its begin is worth a place in the ring */
-	DATA_SIZE = 8192,    /* two whole paths: no event has more */
+	DATA_SIZE = 8448,    /* two whole strings: no event has more arguments of that length */
+	PATH_SIZE = 4096,    /* of a path that the kernel side builds */
+	MAX_FILES = 2,       /* descriptor arguments of an event whose paths are shown */
+	RECORD_DATA_SIZE = 28928, /* arguments, path, exe, cgroup and the paths of two descriptors */
 	MAX_SOURCES = 1024,  /* rows of the table of syscalls to listen to */
+	MAX_SYSCALLS = 1024, /* numbers of syscalls: the highest known is below 600 */
 	MAX_PROCESSES = 65536,
-	MAX_EVENTS = 512,    /* event types */
+	MAX_CLASSES = 1024,  /* sets of processes that are traced alike */
+	MAX_EVENTS = 1024,   /* event types */
 	MAX_DIMENSIONS = 32, /* look-ups for one event type */
 	MAX_WORDS = 17,      /* of a bit vector: 1,024 filters, and the stream of those that need Python */
 	MAX_BOUNDS_LOG2 = 16, /* steps of the binary search in one dimension */
-	MAX_BY = 14,         /* all fields */
+	MAX_BY = 24,         /* all fields */
+	MAX_ROWS_OF_SYSCALL = 4, /* of `sources`: an event type and those that it stands in for */
 	MAX_RACES = 64,      /* tries to count an event in its second while other CPUs do the same */
+	MAX_ARGV = 128,      /* arguments of a new program that are shown */
+	MAX_PENDING = 1024,  /* calls between their entry and their exit, of those whose arguments are read at entry */
+	SHORT_DATA_SIZE = 512, /* of such a call, most often */
+	MAX_SOCKETS = 65536, /* connections whose owner is known */
 };
 
 /* Where an argument's value is found; struct source says it per syscall, so that a new syscall needs no new object. */
@@ -36,6 +47,7 @@ enum argument_kind {
 	KIND_BUFFER_OUT, /* the same, filled by the kernel: the return value says how many */
 	KIND_FD,         /* register, int: a file descriptor */
 	KIND_DFD,        /* the same, or AT_FDCWD */
+	KIND_ARGV,       /* the strings that the array at the register's address points to, joined with spaces */
 };
 
 struct argument {
@@ -47,30 +59,59 @@ struct argument {
 };
 
 enum source_flags {
-	SOURCE_ANY_PROCESS = 1,   /* processes without an entry of their own are wanted too, as program_id */
-	SOURCE_BY_PROCESS = 2,    /* some processes have an entry of their own in `processes` */
-	SOURCE_ONLY_FDCWD = 4,    /* only calls whose register 0 is AT_FDCWD: mkdirat standing in for mkdir */
+	SOURCE_ANY_PROCESS = 1, /* processes without a class are wanted too, as program_id */
+	SOURCE_BY_PROCESS = 2,  /* some processes have a class */
+	SOURCE_AT_ENTRY = 4,    /* arguments and path are read at entry: at exit they are gone */
+	SOURCE_NO_RETURN = 8,   /* the event happens at entry */
+};
+
+/* Where the event's `path` comes from. */
+enum path_kind {
+	PATH_NONE,
+	PATH_FD,     /* the file of the descriptor in argument `path_argument` */
+	PATH_AT,     /* the name in argument `path_argument`, behind the directory `dfd` */
+	PATH_RETURN, /* the file of the descriptor that the call returned; as PATH_AT when it failed */
+	PATH_EXE,    /* the program that the process runs; as PATH_AT when the call failed */
+};
+
+enum {
+	DFD_CWD = 255, /* the current directory, and no register */
 };
 
 /* One row of the table that user space fills: how one syscall becomes one event type. */
 struct source {
 	__u16 event; /* index of the event type in traceleft.py's table */
-	__u16 flags; /* enum source_flags */
-	__u32 reserved;
+	__u8 flags;  /* enum source_flags */
+	__u8 only_fdcwd; /* bit N: only calls whose register N is AT_FDCWD, as mkdirat standing in for mkdir */
+	__u8 path_kind;  /* enum path_kind */
+	__u8 path_argument;
+	__u8 dfd;        /* register of the directory's descriptor, or DFD_CWD */
+	__u8 files[MAX_FILES];   /* arguments that are descriptors; MAX_ARGS and more: none */
+	__u8 condition_register; /* only calls whose register has the low 32 bits `condition`; MAX_ARGS: all */
+	__u8 reserved[2];
+	__u32 condition;
 	__u64 program_id;
 	struct argument arguments[MAX_ARGS];
 };
 
-struct process_key {
-	__u32 pid;
-	__u32 event;
+/* The rows of `sources` that belong to a syscall number: for the program that sees all syscalls. */
+struct syscall_rows {
+	__u16 first;
+	__u16 count;
+};
+
+/* What a class of processes is traced for. */
+struct class_event {
+	__u64 program_id;
+	__u32 wanted;
+	__u32 reserved;
 };
 
 /* Fields that rules can test. A field is a bit of `needed` and `done`, and an index into struct record's `values`:
  * integers by value, texts as length | offset in `data` << 32. */
 enum field {
-	FIELD_ARGUMENT, /* 0 to 5 */
-	FIELD_RET = MAX_ARGS,
+	FIELD_ARGUMENT, /* 0 to 7 */
+	FIELD_RET = MAX_SLOTS,
 	FIELD_PID,
 	FIELD_TID,
 	FIELD_PPID,
@@ -78,9 +119,17 @@ enum field {
 	FIELD_GID,
 	FIELD_PROGRAM_ID,
 	FIELD_COMM,
+	FIELD_EUID,
+	FIELD_MNTNS,
+	FIELD_NETNS,
+	FIELD_PIDNS,
+	FIELD_PATH,
+	FIELD_EXE,
+	FIELD_CGROUP,
+	FIELD_FILE, /* MAX_FILES of them; not for rules */
+	FIELD_FILE_1,
 	FIELD_TIME, /* not for rules: the timestamp has been taken */
-	FIELD_FILE, /* not for rules: the file of the descriptor argument has been looked up */
-	FIELDS = 16,
+	FIELDS = 32,
 };
 
 /*
@@ -145,6 +194,7 @@ struct filter {
 	__u64 threshold;
 	__u32 flags; /* enum filter_flags */
 	__u32 max_groups;
+	__u32 fields; /* what its records show: a bit of each enum field */
 	__u32 by_count;
 	__u8 by[MAX_BY]; /* enum field */
 	__u8 by_text[MAX_BY];
@@ -178,10 +228,36 @@ struct filter_counts {
 	__u64 ring_full; /* records that did not fit */
 };
 
+/* Who a connection belongs to: what softirq, where a handshake or a connection may end, cannot tell. */
+struct owner {
+	__u32 pid, tid, ppid, uid, gid, euid, mntns, pidns;
+	__u32 in_container;
+	__u32 established; /* has been reported as connected or accepted */
+	char comm[COMM_SIZE];
+};
+
+/* What the programs and traceleft.py tell each other during a run. */
+struct run {
+	__u32 tick; /* set each second: a filter takes one sample in each */
+	__u32 reserved;
+	__u64 missed_calls;    /* not seen because `pending` was full */
+	__u64 missed_owners;   /* connections without an owner because `sockets` was full */
+	__u64 missed_children; /* not followed because `processes` was full */
+};
+
+enum tcp_event {
+	TCP_CONNECT,
+	TCP_ACCEPT,
+	TCP_CLOSED,
+	TCP_EVENTS, /* rows of `tcp_rows`: each of these for IPv4, then each for IPv6 */
+};
+
 enum event_flags {
-	EVENT_INCOMPLETE = 1,     /* bits 0 to 5: argument N could not be read whole */
-	EVENT_CONTAINER = 1 << 8, /* the process is in a pid namespace other than the initial one */
-	EVENT_HAS_FILE = 1 << 9,  /* file_inode and file_device are set */
+	EVENT_INCOMPLETE = 1,          /* bits 0 to 5: argument N could not be read whole */
+	EVENT_CONTAINER = 1 << 8,      /* the process is in a pid namespace other than the initial one */
+	EVENT_PATH_INCOMPLETE = 1 << 9, /* the path is longer than PATH_SIZE, or a part of it could not be read */
+	EVENT_PATH_UNRESOLVED = 1 << 10, /* the path is a name as it was passed, behind its directory */
+	EVENT_PATH_UNKNOWN = 1 << 11,  /* there is no such descriptor */
 };
 
 /* A record of the ring buffer: this header, then the bytes of its texts. */
@@ -189,16 +265,19 @@ struct event_header {
 	__u64 timestamp_ns; /* CLOCK_BOOTTIME */
 	__s64 ret;
 	__u64 program_id;
-	__u64 args[MAX_ARGS]; /* integers by value; texts as length | offset behind the header << 32 */
-	__u64 file_inode;     /* of the file behind the descriptor argument, to prove a path that is looked up later */
-	__u32 file_device;
+	__u64 args[MAX_SLOTS]; /* integers by value; texts as length | offset behind the header << 32 */
+	__u64 path, exe, cgroup; /* texts */
+	__u64 files[MAX_FILES];  /* texts: paths of descriptor arguments */
 	__u32 pid; /* the process: the kernel's tgid */
 	__u32 tid;
 	__u32 ppid;
 	__u32 uid;
 	__u32 gid;
+	__u32 euid;
+	__u32 mntns, netns, pidns; /* inode numbers of the namespaces */
 	__u16 event;
 	__u16 flags; /* enum event_flags */
+	__u32 reserved;
 	__u32 version;
 	__u32 filter; /* whose sample it is, or a stream */
 	__u32 tick;   /* the tick in which it was taken */
@@ -206,10 +285,10 @@ struct event_header {
 };
 
 _Static_assert(sizeof(struct argument) == 16, "traceleft.py: ARGUMENT");
-_Static_assert(sizeof(struct source) == 16 + MAX_ARGS * 16, "traceleft.py: SOURCE");
+_Static_assert(sizeof(struct source) == 24 + MAX_ARGS * 16, "traceleft.py: SOURCE");
 _Static_assert(sizeof(struct dimension) == 40, "traceleft.py: DIMENSION");
-_Static_assert(sizeof(struct filter) == 56, "traceleft.py: FILTER");
+_Static_assert(sizeof(struct filter) == 80, "traceleft.py: FILTER");
 _Static_assert(sizeof(struct filter_state) == 64, "a cache line");
-_Static_assert(sizeof(struct event_header) == 136, "traceleft.py: HEADER");
-_Static_assert(FIELD_FILE < FIELDS, "`done` has a bit for each field");
+_Static_assert(sizeof(struct event_header) == 200, "traceleft.py: HEADER");
+_Static_assert(FIELD_TIME < FIELDS, "`done` has a bit for each field");
 #endif

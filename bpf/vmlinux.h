@@ -29,7 +29,8 @@ enum bpf_map_type {
 };
 
 enum {
-	BPF_NOEXIST = 1, /* for bpf_map_update_elem() */
+	BPF_ANY = 0, /* for bpf_map_update_elem() */
+	BPF_NOEXIST = 1,
 };
 
 enum {
@@ -40,29 +41,76 @@ enum {
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
+struct dentry;
+
 struct super_block {
-	__u32 s_dev;
+	unsigned long s_magic;
+};
+
+struct ns_common;
+
+struct proc_ns_operations {
+	const char *name;
+};
+
+struct ns_common {
+	const struct proc_ns_operations *ops;
+	unsigned int inum;
 };
 
 struct inode {
+	unsigned short i_mode;
 	unsigned long i_ino;
 	struct super_block *i_sb;
+	void *i_private;
+};
+
+struct qstr {
+	__u32 len;
+	const unsigned char *name;
+};
+
+struct hlist_bl_node {
+	struct hlist_bl_node **pprev;
+};
+
+struct dentry_operations {
+	char *(*d_dname)(struct dentry *, char *, int);
 };
 
 struct dentry {
+	struct hlist_bl_node d_hash;
+	struct dentry *d_parent;
+	struct qstr d_name;
 	struct inode *d_inode;
+	const struct dentry_operations *d_op;
+	struct super_block *d_sb;
+};
+
+struct vfsmount {
+	struct dentry *mnt_root;
+};
+
+struct mount { /* fs/mount.h */
+	struct mount *mnt_parent;
+	struct dentry *mnt_mountpoint;
+	struct vfsmount mnt;
 };
 
 struct path {
+	struct vfsmount *mnt;
 	struct dentry *dentry;
 };
 
 struct fs_struct {
+	struct path root;
 	struct path pwd;
 };
 
 struct file {
+	struct path f_path;
 	struct inode *f_inode;
+	void *private_data;
 };
 
 struct fdtable {
@@ -74,16 +122,126 @@ struct files_struct {
 	struct fdtable *fdt;
 };
 
+struct mm_struct {
+	struct file *exe_file;
+};
+
+struct mnt_namespace {
+	struct ns_common ns;
+};
+
+struct pid_namespace {
+	struct ns_common ns;
+};
+
+struct net {
+	struct ns_common ns;
+};
+
+struct nsproxy {
+	struct mnt_namespace *mnt_ns;
+	struct net *net_ns;
+};
+
+struct upid {
+	int nr;
+	struct pid_namespace *ns;
+};
+
 struct pid {
 	unsigned int level; /* depth of the pid namespace, 0 in the initial one */
+	struct upid numbers[1];
+};
+
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+struct cred {
+	kuid_t uid, gid, euid; /* gid is a kgid_t, which has the same layout */
+};
+
+struct kernfs_node {
+	struct kernfs_node *parent;
+	const char *name;
+};
+
+struct kernfs_node___6_15 { /* since Linux 6.15 */
+	struct kernfs_node *__parent;
+};
+
+struct cgroup {
+	struct kernfs_node *kn;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+
+struct thread_info {
+	unsigned long flags;
+};
+
+struct thread_info___x86_64 {
+	__u32 status;
 };
 
 struct task_struct {
+	struct thread_info thread_info;
+	__s32 pid;
 	__s32 tgid;
+	unsigned int flags;
 	struct task_struct *real_parent;
+	const struct cred *cred;
 	struct pid *thread_pid;
+	struct mm_struct *mm;
 	struct fs_struct *fs;
 	struct files_struct *files;
+	struct nsproxy *nsproxy;
+	struct css_set *cgroups;
+	char comm[16];
+};
+
+struct in6_addr {
+	union {
+		__be32 u6_addr32[4];
+	} in6_u;
+};
+
+typedef struct {
+	struct net *net;
+} possible_net_t;
+
+struct sock_common {
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	volatile unsigned char skc_state;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+	__u16 sk_protocol;
+	__u8 sk_shutdown;
+	int sk_err;
+};
+
+struct inet_sock {
+	__be16 inet_sport;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
+struct bpf_iter__task_file { /* kernel/bpf/task_iter.c */
+	struct task_struct *task;
+	struct file *file;
 };
 
 /*
@@ -91,7 +249,7 @@ struct task_struct {
  * BTF ("flavor"), so both can stand in one object; bpf_core_field_exists() tells at load time which one this kernel has.
  */
 struct pt_regs___x86_64 { /* arch/x86/include/asm/ptrace.h */
-	unsigned long di, si, dx, r10, r8, r9;
+	unsigned long di, si, dx, r10, r8, r9, orig_ax;
 };
 
 struct user_pt_regs___aarch64 { /* arch/arm64/include/uapi/asm/ptrace.h; struct pt_regs begins with it */
@@ -100,6 +258,7 @@ struct user_pt_regs___aarch64 { /* arch/arm64/include/uapi/asm/ptrace.h; struct 
 
 struct pt_regs___aarch64 { /* arch/arm64/include/asm/ptrace.h */
 	__u64 orig_x0; /* regs[0] at entry: at exit regs[0] is the return value */
+	__s32 syscallno;
 };
 
 #pragma clang attribute pop
