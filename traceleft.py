@@ -3375,9 +3375,9 @@ ARGUMENT = struct.Struct("=BBB5xQ")
 SOURCE = struct.Struct("=HBBBBB2sB2xIQ")
 CLASS_EVENT = struct.Struct("=QII")
 SYSCALL_ROWS = struct.Struct("=HH")
-FILTER_COUNTS = struct.Struct("=QQQQQ")
-SETTINGS = struct.Struct("=IIQQII")
-RUN = struct.Struct("=I4xQQQ")
+FILTER_COUNTS = struct.Struct("=QQQQQ24x")
+SETTINGS = struct.Struct("=IIQQIII")
+RUN = struct.Struct("=I4xQQQQ")
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
 RECORD_TAG_OFFSET = HEADER.size - 16 - RECORD_TAG.size
 SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_AT_ENTRY, SOURCE_NO_RETURN = 1, 2, 4, 8
@@ -3629,6 +3629,8 @@ class Tracer:
         self.object: Any = None
         self.ring: Any = None
         self.run: Any = None   # struct run, mapped
+        self.counts: Any = None  # struct filter_counts of each CPU and filter, mapped
+        self.sizes: Dict[str, int] = {}  # entries of maps
         self.links: List[Any] = []
         self.clock_offset_ns = 0
         self.callback_error: Optional[BaseException] = None
@@ -3680,6 +3682,9 @@ class Tracer:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
         self.run = mmap.mmap(self.map_fd(".bss"), mmap.PAGESIZE)  # struct run
+        size = self.sizes["filter_counts"] * FILTER_COUNTS.size
+        self.counts = mmap.mmap(self.map_fd("filter_counts"), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        self.count_words = size // 8
         self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF, 5 to 10 MB that it does not need any more
         self.fill_tables()
         self.open_ring()
@@ -3714,7 +3719,8 @@ class Tracer:
         """What has to be set between opening and loading."""
         own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
         cpus = self.bpf.call("libbpf_num_possible_cpus")
-        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, len(EVENT_NAMES), cpus)
+        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, len(EVENT_NAMES), cpus,
+                                 len(self.tables.filters))
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
         self.attached = self.attachments()
         needed = {attachment.program for attachment in self.attached}
@@ -3723,13 +3729,14 @@ class Tracer:
         for name in PROGRAMS:
             self.bpf.call("bpf_program__set_autoload", self.program(name), name in needed)
         tables, by_process = self.tables, "forget_process" in needed
-        sizes = {
+        sizes = self.sizes = {
             "events": self.ring_bytes, "samples": self.sample_ring_bytes, "sources": len(self.sources),
             "processes": MAX_PROCESSES if by_process else 1,
             "classes": MAX_CLASSES * len(EVENT_NAMES) if by_process else 1,
             "matchers": len(EVENT_NAMES), "vectors": len(tables.vectors), "bounds": len(tables.bounds),
             "texts": len(tables.texts), "literals": len(tables.literals), "rows": len(tables.rows),
-            "filters": len(tables.filters), "filter_states": len(tables.filters), "filter_counts": len(tables.filters),
+            "filters": len(tables.filters), "filter_states": len(tables.filters),
+            "filter_counts": cpus * len(tables.filters),
             "groups": tables.group_count, "scratch": 2 * cpus, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
         for name in ("pending", "pending_long"):
             sizes[name] = MAX_PENDING if any(source.at_entry for source in self.sources) else 1
@@ -3915,13 +3922,11 @@ class Tracer:
 
     def read_counts(self) -> List[FilterCounts]:
         """What the kernel has counted so far, for each entry of tables.filters."""
-        fd, cpus = self.map_fd("filter_counts"), self.bpf.call("libbpf_num_possible_cpus")
-        buffer = ctypes.create_string_buffer(FILTER_COUNTS.size * cpus)
-        counts = []
-        for index in range(len(self.tables.filters)):
-            self.bpf.call("bpf_map_lookup_elem", fd, struct.pack("=I", index), buffer)
-            counts.append(FilterCounts(*map(sum, zip(*FILTER_COUNTS.iter_unpack(buffer.raw)))))
-        return counts
+        # as native 64-bit words: each is read at once, while the kernel side counts on
+        words = memoryview(self.counts).cast("Q").tolist()
+        step, filters = FILTER_COUNTS.size // 8, len(self.tables.filters)
+        return [FilterCounts(*(sum(words[index * step + word:self.count_words:filters * step])
+                               for word in range(len(FilterCounts._fields)))) for index in range(filters)]
 
     def next_tick(self) -> int:
         """Lets every filter take a new sample. Returns the tick that has ended."""
@@ -3935,13 +3940,15 @@ class Tracer:
 
     def missed(self) -> Dict[str, int]:
         """What the kernel side could not follow, by cause; it stays readable after detach()."""
-        _, calls, owners, children = RUN.unpack_from(self.run)
+        _, calls, owners, children, _ = RUN.unpack_from(self.run)
         found = {"missed_calls": calls, "missed_owners": owners, "missed_children": children,
                  "recursion_misses": self.recursion_misses()}
         return {cause: count for cause, count in found.items() if count}
 
     def uring_counts(self) -> Dict[int, int]:
         """io_uring submissions since the start by opcode, of all processes: what they do is seen by no syscall."""
+        if not RUN.unpack_from(self.run)[-1]:
+            return {}
         return {opcode: count for opcode, count in enumerate(self.per_cpu_sums("uring", URING_OPCODES)) if count}
 
     def per_cpu_sums(self, name: str, entries: int) -> List[int]:
@@ -4007,9 +4014,10 @@ class Tracer:
             self.epoll.close()
             self.bpf.library.ring_buffer__free(self.ring)
             self.ring = None
-        if self.run is not None:
-            self.run.close()
-            self.run = None
+        for mapped in (self.run, self.counts):
+            if mapped is not None:
+                mapped.close()
+        self.run = self.counts = None
         if self.object is not None:
             self.bpf.library.bpf_object__close(self.object)
             self.object = None
@@ -4112,6 +4120,34 @@ class KernelCounts:
                 state.count(new.matched - old.matched, new.passed - old.passed, new.folded - old.folded,
                             self.tracer.take_sample(index, ended) if new.passed != old.passed else None)
         self.before = counts
+
+
+class UringWatch:
+    """Says once that io_uring is in use: what it does is seen as no syscall."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer, self.said = tracer, False
+
+    def tick(self) -> None:
+        counts = {} if self.said else self.tracer.uring_counts()
+        if counts:
+            self.said = True
+            say(f"warning: io_uring is in use on this host ({format_opcodes(counts)} so far): what it does is not seen "
+                "as syscalls")
+
+
+def format_opcodes(counts: Mapping[int, int]) -> str:
+    """`5 submissions: 3 of opcode 18, 2 of opcode 22` (enum io_uring_op, include/uapi/linux/io_uring.h)."""
+    names = ", ".join(f"{count} of {URING_OPCODE_NAMES.get(opcode, f'opcode {opcode}')}"
+                      for opcode, count in sorted(counts.items(), key=lambda item: -item[1])[:4])
+    return f"{sum(counts.values())} submissions: {names}"
+
+
+URING_OPCODE_NAMES = {  # those that have a syscall of their own
+    1: "readv", 2: "writev", 3: "fsync", 9: "sendmsg", 10: "recvmsg", 13: "accept", 16: "connect", 18: "openat",
+    19: "close", 21: "statx", 22: "read", 23: "write", 26: "send", 27: "recv", 28: "openat2", 34: "shutdown",
+    35: "renameat", 36: "unlinkat", 37: "mkdirat", 38: "symlinkat", 39: "linkat",
+}
 
 
 class Rates:
@@ -4348,7 +4384,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     aggregator = Aggregator(spec, insecure=options.collector_insecure,
                             counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
     accounts = list(aggregator.accounts.values())
-    counts = KernelCounts(tracer, aggregator)
+    counts, uring = KernelCounts(tracer, aggregator), UringWatch(tracer)
     status = StatusLine(lambda: {
         "matched": sum(account.matched for account in accounts), "passed": sum(account.passed for account in accounts),
         "alerts": sum(account.alerts for account in accounts),
@@ -4361,6 +4397,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     def tick() -> None:
         counts.tick(handle)
         aggregator.flush(time.time())
+        uring.tick()
         status.tick()
 
     try:
@@ -4379,7 +4416,7 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace) 
     printer = Printer(tracer.plan, stop)
     tracer.attach()
     say_ready(tracer, "printing every event")
-    run_loop(tracer, printer.print_events, lambda: None, stop, options.duration)
+    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration)
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
@@ -4406,6 +4443,10 @@ def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> i
     for cause, count in missed.items():
         result[cause], result["balanced"] = count, False
         say(f"{count} {MISSED[cause]}")
+    uring = tracer.uring_counts()
+    if uring:
+        result["io_uring"] = uring
+        say(f"not seen: what io_uring did on this host, {format_opcodes(uring)}")
     for line in format_accounting(accounts):
         say(line)
     if result["balanced"]:
@@ -4454,8 +4495,33 @@ def command_explain(options: argparse.Namespace) -> int:
     tables = Tables(spec.filters)
     for placement in sorted(tables.placements, key=lambda placement: spec.ids.index(placement.spec.id)):
         print("\n".join(explain_filter(placement)))
-    print("never traced: the tracer's own events")
+    print("\n".join(explain_attachments({member.event for member in spec.filters})))
     return 0
+
+
+def explain_attachments(names: Iterable[str]) -> List[str]:
+    """What is attached for these events, and why so; and what is never seen."""
+    events = [EVENT_TYPES[name] for name in sorted(names, key=EVENT_IDS.__getitem__)]
+    sources = [Source(event, syscall, Wanted(any_process=True)) for event in events for syscall in syscalls_here(event)]
+    at_exit = dict.fromkeys(source.syscall.name for source in sources if source.syscall and not source.silent)
+    at_entry = dict.fromkeys(source.syscall.name for source in sources
+                             if source.syscall and (source.at_entry or source.silent))
+    share = typical_share(source for source in sources if not source.silent)
+    lines = []
+    if sees_all_syscalls(sources):
+        lines.append(f"attached: one program to the exit of every syscall (tp_btf/sys_exit): about {share}% of a "
+                     f"typical host's syscalls are named, and above {BUSY_SHARE}% that costs less")
+    elif at_exit:
+        lines.append(f"attached: one program to the exit of {', '.join(at_exit)}: about {share}% of a typical host's "
+                     f"syscalls, and up to {BUSY_SHARE}% that costs less than one for every syscall")
+    if at_entry:
+        lines.append(f"attached: at entry, where what they are about is still there, to {', '.join(at_entry)}")
+    if any(event.is_tcp for event in events):
+        lines.append("attached: to tp_btf/inet_sock_set_state, and to the exit of accept, accept4")
+    return [*lines, "never traced: the tracer's own events", "not seen: " + "; ".join(NOT_SEEN)]
+
+
+NOT_SEEN = ("what io_uring does in place of syscalls (its submissions are counted, and said)", "32-bit syscalls")
 
 
 def explain_filter(placement: Placement) -> List[str]:
@@ -4466,7 +4532,7 @@ def explain_filter(placement: Placement) -> List[str]:
     rule = f"rule {escape(member.rule_text.strip())}" if member.rule is not None else "every event matches"
     counting = f"{member.processing} {parameters}; {member.metrics}"
     lines = [f"{escape(member.id)}: event {member.event}, channel {escape(member.channel)}",
-             f"  kernel: one exit tracepoint for each of {names}"]
+             "  kernel: listens to " + (names or "changes of TCP connections")]
     if not placement.reasons:
         return [*lines, f"  kernel: {rule}", f"  kernel: {counting}", "  python: one record a second as "
                 f"{member.format}"]

@@ -46,6 +46,7 @@ const volatile __u32 wakeup_bytes = 65536; /* wake the reader when this much is 
 const volatile __u64 hash_seeds[2] = {};   /* random: nobody outside can make texts collide */
 const volatile __u32 event_types = 1;      /* entries of `classes` for each class */
 const volatile __u32 cpus = 1;
+const volatile __u32 filter_count = 1;
 
 volatile struct run run = {};
 
@@ -103,7 +104,6 @@ MAP(literals, ARRAY, 1, __u32, __u64); /* eight bytes each, the last padded with
 MAP(rows, ARRAY, 1, __u32, __u32);     /* row -> filter */
 MAP(filters, ARRAY, 1, __u32, struct filter);
 MAP(filter_states, ARRAY, 1, __u32, struct filter_state);
-MAP(filter_counts, PERCPU_ARRAY, 1, __u32, struct filter_counts);
 MAP(groups, HASH, 1, struct group_key, struct group);
 MAP(pending, HASH, 1, __u64, struct saved);     /* task -> its call */
 MAP(pending_long, HASH, 1, __u64, struct saved_long);
@@ -111,6 +111,14 @@ MAP(sockets, HASH, 1, __u64, struct owner);     /* struct sock -> whose it is */
 MAP(uring, PERCPU_ARRAY, 256, __u32, __u64);    /* io_uring submissions by opcode */
 MAP(scratch, ARRAY, 2, __u32, struct record);   /* one for each CPU, and one for what comes as softirq meanwhile */
 MAP(synthetic, ARRAY, 1, __u32, struct record); /* the event for the program `feed` */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct filter_counts);
+} filter_counts SEC(".maps"); /* CPU * filter_count + filter */
 
 /* Two, so that a flood of streamed events costs no filter its sample. */
 struct {
@@ -428,10 +436,14 @@ static __always_inline __u64 cgroup_path(struct record *record)
  * Fetching: from registers and memory to struct record
  */
 
-static __always_inline void read_registers(struct task_struct *task, __u64 *registers)
+static __always_inline const struct pt_regs *current_registers(void)
 {
-	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+	return (void *)bpf_task_pt_regs(current_task());
+}
 
+static __always_inline void read_registers(const struct pt_regs *regs, __u64 *registers)
+{
+	barrier_var(regs); /* else clang moves the offsets of the architecture that this is not out of the branch */
 	if (bpf_core_field_exists(struct pt_regs___x86_64, di)) {
 		struct pt_regs___x86_64 *x86 = (void *)regs;
 
@@ -626,8 +638,24 @@ __noinline int fetch_more(struct record *record, const struct source *source, __
 	(1U << FIELD_PPID | 1U << FIELD_EUID | 1U << FIELD_MNTNS | 1U << FIELD_NETNS | 1U << FIELD_PIDNS |             \
 	 1U << FIELD_PATH | 1U << FIELD_EXE | 1U << FIELD_CGROUP | 1U << FIELD_FILE | 1U << FIELD_FILE_1)
 
+/* The arguments that the paths among these fields are made of. */
+static __always_inline __u32 path_arguments(const struct record *record, const struct source *source, __u32 mask)
+{
+	bool by_result = source->path_kind >= PATH_RETURN && (__s64)record->values[FIELD_RET] >= 0;
+	__u32 arguments = 0;
+
+	if (mask >> FIELD_PATH & 1 && source->path_kind != PATH_NONE && !by_result)
+		arguments |= 1U << source->path_argument % MAX_SLOTS;
+	for (int i = 0; i < MAX_FILES; i++)
+		if (mask >> (FIELD_FILE + i) & 1 && source->files[i] < MAX_ARGS)
+			arguments |= 1U << source->files[i] % MAX_SLOTS;
+	return arguments;
+}
+
 static __always_inline void fetch_all(struct record *record, const struct source *source, __u32 mask)
 {
+	if (mask & MORE_FIELDS)
+		mask |= path_arguments(record, source, mask);
 	fetch(record, source, mask & ~MORE_FIELDS);
 	if (mask & MORE_FIELDS)
 		fetch_more(record, source, mask & MORE_FIELDS);
@@ -943,7 +971,7 @@ static __always_inline void submit(struct record *record, const struct filter *f
 /* Counts the event for the filter of a row that is true. */
 __noinline int count_row(struct record *record, const struct source *source, __u32 row)
 {
-	__u32 *index = bpf_map_lookup_elem(&rows, &row), filter_index, now = run.tick;
+	__u32 *index = bpf_map_lookup_elem(&rows, &row), filter_index, place, now = run.tick;
 	struct filter_counts *counts;
 	struct filter_state *state;
 	struct group *group;
@@ -954,7 +982,8 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 	filter_index = record->filter = *index;
 	filter = bpf_map_lookup_elem(&filters, &filter_index);
 	state = bpf_map_lookup_elem(&filter_states, &filter_index);
-	counts = bpf_map_lookup_elem(&filter_counts, &filter_index);
+	place = bpf_get_smp_processor_id() * filter_count + filter_index;
+	counts = bpf_map_lookup_elem(&filter_counts, &place);
 	if (!filter || !state || !counts)
 		return 0;
 	counts->matched++;
@@ -1076,12 +1105,11 @@ static __always_inline bool resume_call(struct record *record, __u32 row, __u32 
 
 #define ALL_ARGUMENTS ((1U << MAX_SLOTS) - 1)
 
-static __always_inline int syscall(__u32 row, __s64 ret, bool at_entry)
+static __always_inline int syscall(__u32 row, const struct pt_regs *regs, __s64 ret, bool at_entry)
 {
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, event;
 	struct source *source = bpf_map_lookup_elem(&sources, &row);
 	struct record *record = own_record(0);
-	struct task_struct *task = current_task();
 	struct matcher *matcher;
 	__u64 program_id, key;
 
@@ -1100,7 +1128,7 @@ static __always_inline int syscall(__u32 row, __s64 ret, bool at_entry)
 		deliver(record, source, matcher);
 		return 0;
 	}
-	read_registers(task, record->registers);
+	read_registers(regs, record->registers);
 	for (int i = 0; i < MAX_ARGS; i++)
 		if (source->only_fdcwd >> i & 1 && (__s32)record->registers[i] != AT_FDCWD)
 			return 0;
@@ -1116,7 +1144,7 @@ static __always_inline int syscall(__u32 row, __s64 ret, bool at_entry)
 			fetch_more(record, source, 1U << FIELD_PATH);
 			settle_text(record, FIELD_PATH);
 		}
-		key = (__u64)task;
+		key = (__u64)current_task();
 		if (record->used <= SHORT_DATA_SIZE ? bpf_map_update_elem(&pending, &key, record, BPF_ANY) :
 						      bpf_map_update_elem(&pending_long, &key, record, BPF_ANY))
 			__sync_fetch_and_add(&run.missed_calls, 1);
@@ -1127,12 +1155,12 @@ static __always_inline int syscall(__u32 row, __s64 ret, bool at_entry)
 }
 
 /* The event types that one syscall becomes. The cookie is the first row of `sources`, and their number << 32. */
-static __always_inline int syscall_rows(__u64 cookie, __s64 ret, bool at_entry)
+static __always_inline int syscall_rows(__u64 cookie, const struct pt_regs *regs, __s64 ret, bool at_entry)
 {
 	for (__u32 i = 0; i < MAX_ROWS_OF_SYSCALL; i++) {
 		if (i >= cookie >> 32)
 			break;
-		syscall((__u32)cookie + i, ret, at_entry);
+		syscall((__u32)cookie + i, regs, ret, at_entry);
 	}
 	return 0;
 }
@@ -1141,14 +1169,14 @@ static __always_inline int syscall_rows(__u64 cookie, __s64 ret, bool at_entry)
 SEC("tp")
 int sys_exit(struct sys_exit_context *context)
 {
-	return syscall_rows(bpf_get_attach_cookie(context), context->ret, false);
+	return syscall_rows(bpf_get_attach_cookie(context), current_registers(), context->ret, false);
 }
 
 /* The same for syscalls/sys_enter_*, where the arguments do not outlive the call, or it does not return. */
 SEC("tp")
 int sys_enter(struct sys_exit_context *context)
 {
-	return syscall_rows(bpf_get_attach_cookie(context), 0, true);
+	return syscall_rows(bpf_get_attach_cookie(context), current_registers(), 0, true);
 }
 
 /* Whether the task is in a call of the 32-bit table: its numbers mean other syscalls. */
@@ -1165,8 +1193,7 @@ static __always_inline bool in_compat_syscall(struct task_struct *task)
 SEC("tp_btf/sys_exit")
 int every_sys_exit(__u64 *context)
 {
-	struct task_struct *task = current_task();
-	struct pt_regs *regs = (void *)bpf_task_pt_regs(task);
+	struct pt_regs *regs = (void *)context[0];
 	struct syscall_rows *found;
 	__u32 number;
 
@@ -1175,9 +1202,9 @@ int every_sys_exit(__u64 *context)
 	else
 		number = BPF_CORE_READ((struct pt_regs___aarch64 *)regs, syscallno);
 	found = bpf_map_lookup_elem(&syscalls, &number); /* x32 calls have numbers beyond it */
-	if (!found || !found->count || in_compat_syscall(task))
+	if (!found || !found->count || in_compat_syscall(current_task()))
 		return 0;
-	return syscall_rows(found->first | (__u64)found->count << 32, context[1], false);
+	return syscall_rows(found->first | (__u64)found->count << 32, regs, context[1], false);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------
@@ -1461,6 +1488,7 @@ int uring_submit(void *context)
 	count = bpf_map_lookup_elem(&uring, &key);
 	if (count)
 		++*count;
+	__sync_fetch_and_add(&run.uring, 1);
 	return 0;
 }
 

@@ -219,13 +219,15 @@ struct filter_state {
 	__u64 reserved[5];  /* a cache line of its own */
 };
 
-/* One filter's account on one CPU. matched = passed + folded. */
+/* One filter's account on one CPU. matched = passed + folded. traceleft.py maps them: a lookup by bpf() would switch the
+ * programs off on its CPU meanwhile (bpf_disable_instrumentation() in kernel/bpf/syscall.c). */
 struct filter_counts {
 	__u64 matched;
 	__u64 passed;
 	__u64 folded;
 	__u64 submitted; /* records in the ring */
 	__u64 ring_full; /* records that did not fit */
+	__u64 reserved[3]; /* a cache line of its own */
 };
 
 /* Who a connection belongs to: what softirq, where a handshake or a connection may end, cannot tell. */
@@ -243,6 +245,7 @@ struct run {
 	__u64 missed_calls;    /* not seen because `pending` was full */
 	__u64 missed_owners;   /* connections without an owner because `sockets` was full */
 	__u64 missed_children; /* not followed because `processes` was full */
+	__u64 uring;           /* io_uring submissions */
 };
 
 enum tcp_event {
@@ -289,6 +292,7 @@ _Static_assert(sizeof(struct source) == 24 + MAX_ARGS * 16, "traceleft.py: SOURC
 _Static_assert(sizeof(struct dimension) == 40, "traceleft.py: DIMENSION");
 _Static_assert(sizeof(struct filter) == 80, "traceleft.py: FILTER");
 _Static_assert(sizeof(struct filter_state) == 64, "a cache line");
+_Static_assert(sizeof(struct filter_counts) == 64, "a cache line");
 _Static_assert(sizeof(struct event_header) == 200, "traceleft.py: HEADER");
 _Static_assert(FIELD_TIME < FIELDS, "`done` has a bit for each field");
 #endif

@@ -31,6 +31,7 @@ enum bpf_map_type {
 enum {
 	BPF_ANY = 0, /* for bpf_map_update_elem() */
 	BPF_NOEXIST = 1,
+	BPF_F_MMAPABLE = 1U << 10, /* for maps */
 };
 
 enum {
