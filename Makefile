@@ -47,6 +47,9 @@ bpf-check: install-test ## compile the BPF object again and compare it with the 
 # Debug information is stripped; BTF and its relocations, which libbpf needs, stay.
 compile_bpf = $(CLANG) $(BPF_CFLAGS) -c $(BPF_SOURCE) -o $(1) && $(LLVM_STRIP) -g $(1)
 
+dist: ## one self-contained executable file, dist/traceleft, and its SHA-256
+	$(Q)python3 bench/dist.py
+
 install-run:
 	$(Q)$(call install_missing,$(RUN_PACKAGES))
 
@@ -74,6 +77,6 @@ bench-setup: ## install the peers that bench compares with
 	$(Q)$(call install_missing,bpftrace libbpf-tools strace linux-perf)
 
 clean: ## remove what make has built, but not the BPF object
-	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__
+	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ dist
 
-.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup install-run install-test clean
+.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test clean

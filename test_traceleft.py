@@ -7,6 +7,7 @@ import ctypes
 import datetime
 import fcntl
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -239,6 +240,41 @@ class TestImport:
         copy = shutil.copy(SCRIPT, tmp_path)
         assert run("check", HERE / "spec/aggregator-spec.json", script=copy).returncode == 0
         assert "copy the folder bpf/" in run("trace", "open", script=copy, prefix=()).stderr
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory):
+    """The one file that make dist makes."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, HERE / "bench/dist.py", folder], check=True, stdout=subprocess.DEVNULL)
+    return folder / "traceleft"
+
+
+class TestDist:
+    """`make dist`."""
+
+    def test_the_same_bytes_each_time(self, dist, tmp_path):
+        subprocess.run([sys.executable, "-X", "utf8", HERE / "bench/dist.py", tmp_path], check=True, umask=0o077,
+                       env={**CLEAN_ENVIRONMENT, "TZ": "Asia/Tokyo"}, stdout=subprocess.DEVNULL)
+        assert (tmp_path / "traceleft").read_bytes() == dist.read_bytes()
+        assert (tmp_path / "traceleft").stat().st_mode & 0o777 == 0o755
+
+    def test_is_small_and_has_its_digest_beside_it(self, dist):
+        assert dist.stat().st_size < 200 << 10
+        subprocess.run(["sha256sum", "-c", "--quiet", "traceleft.sha256"], cwd=dist.parent, check=True)
+
+    def test_runs_alone_by_any_path(self, dist, tmp_path):
+        copy = Path(shutil.copy(dist, tmp_path / "tl"))
+        (tmp_path / "link").symlink_to(copy)
+        shown = {subprocess.run([path, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+                 for path in ("./tl", copy, tmp_path / "link")}
+        assert shown == {run("--version").stdout}
+
+    def test_is_a_library_too(self, dist):
+        code = "import traceleft; print(len(traceleft.read_companion(traceleft.OBJECT_PATH)))"
+        done = subprocess.run([sys.executable, "-c", code], env={**CLEAN_ENVIRONMENT, "PYTHONPATH": str(dist)}, cwd=dist.parent,
+                              capture_output=True, text=True, check=True)
+        assert int(done.stdout) == traceleft.OBJECT_PATH.stat().st_size
 
 
 class TestEventTable:
@@ -2081,7 +2117,9 @@ class TestCommandLine:
         assert "4  the accounting did not add up" in run("trace", "--help").stdout
 
     def test_version(self):
-        assert run("--version").stdout == f"traceleft.py {traceleft.VERSION}\n"
+        digest = hashlib.sha256(traceleft.OBJECT_PATH.read_bytes()).hexdigest()
+        assert re.fullmatch(rf"traceleft.py {traceleft.VERSION} commit ([0-9a-f]{{12}}(-dirty)?|unknown) object {digest[:16]}\n",
+                            run("--version").stdout)
 
     def test_the_alias_of_spec(self, tmp_path):
         assert "cannot read the spec" in run("trace", "--aggregation-spec", tmp_path / "x").stderr

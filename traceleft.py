@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
+if sys.version_info < (3, 9):  # noqa: UP036  3.7 and 3.8 get so far
+    sys.stderr.write("traceleft: Python %d.%d is too old: it needs 3.9 or later\n" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(3)
 if __name__ == "__main__":  # the imports below take a tenth of a second: a signal by then finds nothing to undo
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(0))
@@ -44,7 +48,6 @@ import shutil
 import socket
 import stat
 import struct
-import sys
 import textwrap
 import threading
 import time
@@ -116,6 +119,46 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the known name nearest to `name`, or nothing when none is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+# ======================================================================================================================
+# What comes along: beside the script in a checkout, inside the one file that `make dist` makes
+# ======================================================================================================================
+
+IS_ARCHIVE = not os.path.isfile(__file__)  # the script is a member of a zip archive
+HOME = os.path.dirname(__file__ if IS_ARCHIVE else os.path.realpath(__file__))
+OBJECT_PATH = Path(HOME, "bpf", "traceleft.bpf.o")
+COMMIT_NAME = "commit"  # a member of the archive
+
+
+def read_companion(path: Union[str, os.PathLike[str]]) -> bytes:
+    """The content of a file that came along, by its path below HOME. Raises OSError."""
+    return __loader__.get_data(os.path.relpath(path, HOME)) if IS_ARCHIVE else Path(path).read_bytes()  # type: ignore
+
+
+def commit() -> str:
+    """The git commit that this is, with `-dirty` when a file was changed since; `unknown` for a copied script."""
+    if IS_ARCHIVE:
+        return read_companion(f"{HOME}/{COMMIT_NAME}").decode().strip()
+    if not os.path.exists(f"{HOME}/.git"):
+        return "unknown"
+    subprocess = importlib.import_module("subprocess")  # nothing else needs it
+    try:
+        done = subprocess.run(["git", "-C", HOME, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
+                              capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return str(done.stdout).strip() or "unknown"
+
+
+def version_text() -> str:
+    """`traceleft.py VERSION commit HASH object HASH`: what a report of a problem should name."""
+    try:
+        digest = importlib.import_module("hashlib").sha256(read_companion(OBJECT_PATH)).hexdigest()[:16]
+    except OSError:
+        digest = "missing"
+    name, _, changed = commit().partition("-")
+    return f"traceleft.py {VERSION} commit {name[:12]}{'-' + changed if changed else ''} object {digest}"
 
 
 # ======================================================================================================================
@@ -3361,7 +3404,6 @@ class Libbpf:
 # Tracer: loads, attaches and reads the kernel side
 # ======================================================================================================================
 
-OBJECT_PATH = Path(__file__).resolve().parent / "bpf" / "traceleft.bpf.o"
 BTF_PATH = "/sys/kernel/btf/vmlinux"
 MIN_KERNEL = (5, 15)
 STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 170,000 records of short paths
@@ -3664,7 +3706,7 @@ class Tracer:
         self.sources = plan_sources(self.plan, self.tracefs)
         self.sees_all = sees_all_syscalls(self.sources) if self.see_all is None else self.see_all
         try:
-            self.object_bytes = OBJECT_PATH.read_bytes()
+            self.object_bytes = read_companion(OBJECT_PATH)
         except OSError as error:
             raise HostError(f"cannot read {OBJECT_PATH}: {error.strerror}; copy the folder bpf/ along with the script"
                             ) from None
@@ -3685,7 +3727,8 @@ class Tracer:
         size = self.sizes["filter_counts"] * FILTER_COUNTS.size
         self.counts = mmap.mmap(self.map_fd("filter_counts"), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         self.count_words = size // 8
-        self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF, 5 to 10 MB that it does not need any more
+        if hasattr(self.bpf.libc, "malloc_trim"):  # musl has none
+            self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF: 5 to 10 MB that it needs no more
         self.fill_tables()
         self.open_ring()
 
@@ -4595,6 +4638,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
 
+class VersionAction(argparse.Action):
+    """--version: found out only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(version_text(), flush=True)
+        parser.exit()
+
+
 def parse_duration(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
@@ -4617,7 +4668,7 @@ def build_parser() -> Parser:
     examples = (__doc__ or "").partition("examples:")[2]
     parser = Parser(prog="traceleft.py", description=(__doc__ or "").partition("\n")[0], epilog="examples:" + examples,
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"traceleft.py {VERSION}")
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="show version, git commit and object's hash")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     trace = commands.add_parser("trace", help="trace this host, as a spec says or printing every event",

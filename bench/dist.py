@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""make dist: dist/traceleft, one executable file that holds the script and the BPF object, and its SHA-256 beside it.
+
+It is a zip archive behind a `#!` line, which Python runs as it is; `unzip -p traceleft traceleft.py` shows the script.
+The same commit makes the same bytes: the members' order, times and modes are fixed, and the compressor's level is. (Only
+another implementation of zlib, such as zlib-ng, may pack the same members into other bytes.)
+"""
+
+import hashlib
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import traceleft  # noqa: E402
+
+MAX_BYTES = 200 << 10
+NAME = "traceleft"
+SHEBANG = b"#!/usr/bin/env python3\n"
+LONG_AGO = (1980, 1, 1, 0, 0, 0)  # the first time that a zip archive can hold
+
+# Parsed by every Python since 2.6, so that an old one gets a sentence and no traceback.
+MAIN = '''"""Runs traceleft.py, which is beside this file in the archive."""
+import os
+import signal
+import sys
+
+if sys.version_info < (3, 9):
+    sys.stderr.write("traceleft: Python %d.%d is too old: it needs 3.9 or later, as in: python3.9 %s\\n"
+                     % (sys.version_info[0], sys.version_info[1], sys.argv[0]))
+    sys.exit(3)
+for number in (signal.SIGINT, signal.SIGTERM):  # as traceleft.py does when it is the program
+    signal.signal(number, lambda *_: os._exit(0))
+
+import traceleft
+
+sys.exit(traceleft.main())
+'''
+
+
+def members():
+    """Name and content of what is in the archive."""
+    yield "__main__.py", MAIN.encode()
+    yield "traceleft.py", (HERE / "traceleft.py").read_bytes()
+    for path in sorted((HERE / "bpf").glob("*.bpf.o")):
+        yield f"bpf/{path.name}", path.read_bytes()
+    yield traceleft.COMMIT_NAME, f"{traceleft.commit()}\n".encode()
+    yield "LICENSE", (HERE / "LICENSE").read_bytes()
+
+
+def build():
+    """The archive's bytes."""
+    buffer = io.BytesIO()
+    buffer.write(SHEBANG)
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, data in members():
+            info = zipfile.ZipInfo(name, LONG_AGO)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.create_system = 3  # Unix: modes are those below
+            info.external_attr = 0o100644 << 16
+            archive.writestr(info, data, compresslevel=9)
+    return buffer.getvalue()
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "dist")
+    data = build()
+    if len(data) >= MAX_BYTES:
+        sys.exit(f"dist: {len(data)} bytes, and {MAX_BYTES} are the limit")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NAME).write_bytes(data)
+    (folder / NAME).chmod(0o755)
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / f"{NAME}.sha256").write_text(f"{digest}  {NAME}\n")
+    print(f"{folder / NAME}: {len(data)} bytes, commit {traceleft.commit()}, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    main()
