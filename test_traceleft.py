@@ -224,6 +224,116 @@ C_PROGRAMS = {
             return 0;
         }
     """,
+    # opens what its shared name says while a thread changes it: race NAME OTHER HOW MODE; prints how many opens were of NAME
+    "race": r"""
+        #define _GNU_SOURCE
+        #include <fcntl.h>
+        #include <pthread.h>
+        #include <stdio.h>
+        #include <string.h>
+        #include <sys/mman.h>
+        #include <sys/stat.h>
+        #include <unistd.h>
+        static char *page;
+        static char **names;
+        static volatile int over;
+        static void *flip(void *unused)
+        {
+            for (int i = 0; !over; i++)
+                strcpy(page, names[1 + i % 2]);
+            return unused;
+        }
+        static void *hide(void *unused)
+        {
+            while (!over) {
+                mprotect(page, 4096, PROT_NONE);
+                mprotect(page, 4096, PROT_READ | PROT_WRITE);
+            }
+            return unused;
+        }
+        int main(int argc, char **argv)
+        {
+            struct stat wanted, found;
+            pthread_t thread;
+            int count = 0;
+            names = argv;
+            page = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            strcpy(page, argv[1]);
+            if (stat(argv[1], &wanted) || pthread_create(&thread, 0, argv[3][0] == 'f' ? flip : hide, 0))
+                return 1;
+            for (int i = 0; i < 20000; i++) {
+                int fd = open(page, O_RDONLY);
+                if (fd < 0)
+                    continue;
+                count += !fstat(fd, &found) && found.st_ino == wanted.st_ino;
+                close(fd);
+            }
+            over = 1;
+            pthread_join(thread, 0);
+            printf("%d", count);
+            return 0;
+        }
+    """,
+    # system calls of the 32-bit table, whose numbers mean others in the 64-bit one: compat NAME
+    "compat": r"""
+        #include <string.h>
+        #include <sys/mman.h>
+        int main(int argc, char **argv)
+        {
+            char *low = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+            long ret;
+            strcpy(low, argv[1]);
+            asm volatile("int $0x80" : "=a"(ret) : "a"(5L), "b"(low), "c"(0L), "d"(0L) : "memory");  /* open; fstat */
+            asm volatile("int $0x80" : "=a"(ret) : "a"(83L), "b"(low), "c"(low), "d"(0L) : "memory"); /* symlink; mkdir */
+            return ret != -17; /* EEXIST: it was symlink */
+        }
+    """,
+    # opens a file by io_uring alone: uring NAME
+    "uring": r"""
+        #define _GNU_SOURCE
+        #include <fcntl.h>
+        #include <linux/io_uring.h>
+        #include <sys/mman.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        int main(int argc, char **argv)
+        {
+            struct io_uring_params p = {};
+            int fd = syscall(SYS_io_uring_setup, 4, &p);
+            char *ring = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQ_RING);
+            char *done = mmap(0, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_CQ_RING);
+            struct io_uring_sqe *sqe = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQES);
+            if (fd < 0 || ring == MAP_FAILED || done == MAP_FAILED || sqe == MAP_FAILED)
+                return 1;
+            sqe->opcode = IORING_OP_OPENAT;
+            sqe->fd = AT_FDCWD;
+            sqe->addr = (unsigned long)argv[1];
+            *(unsigned *)(ring + p.sq_off.array) = 0;
+            ++*(volatile unsigned *)(ring + p.sq_off.tail);
+            if (syscall(SYS_io_uring_enter, fd, 1, 1, IORING_ENTER_GETEVENTS, 0, 0) != 1)
+                return 2;
+            return ((struct io_uring_cqe *)(done + p.cq_off.cqes))->res < 0 ? 3 : 0;
+        }
+    """,
+    # a process with the same table of descriptors: shared NAME; the child opens it, the parent writes to it and closes it
+    "shared": r"""
+        #define _GNU_SOURCE
+        #include <fcntl.h>
+        #include <sched.h>
+        #include <signal.h>
+        #include <sys/syscall.h>
+        #include <sys/wait.h>
+        #include <unistd.h>
+        int main(int argc, char **argv)
+        {
+            if (!syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0))
+                _exit(open(argv[1], O_WRONLY | O_CREAT, 0600));
+            int fd;
+            wait(&fd);
+            write(WEXITSTATUS(fd), "x", 1);
+            return close(WEXITSTATUS(fd));
+        }
+    """,
 }
 
 
@@ -1842,6 +1952,303 @@ class TestTracer:
         with traceleft.Tracer("open"):
             assert programs() - before
         wait_until(lambda: not programs() - before, "the program is gone")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is seen of a live kernel: paths, connections, processes, and every syscall
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def record(selectors, action, **options):
+    """The events that `action` makes; this process's are seen when a selector names it."""
+    with traceleft.Tracer(selectors, **options) as tracer:
+        while tracer.poll():  # what attaching did
+            pass
+        action()
+        return list(tracer.drain())
+
+
+def python(script, *arguments, prefix=(), **more):
+    """A Python process, which has to end with 0; returns what it printed."""
+    command = [*map(str, prefix), sys.executable, "-I", "-S", "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=DEADLINE, **more).stdout
+
+
+class TestPaths:
+    pytestmark = live
+
+    def test_descriptors_are_named_as_proc_does(self, tmp_path):
+        """Files, deleted ones, pipes, sockets, anonymous inodes, namespaces, and copies of descriptors."""
+        libc, here = ctypes.CDLL(None), os.fsencode(tmp_path)
+        with contextlib.ExitStack() as stack:
+            def keep(*fds):
+                for fd in fds:
+                    assert fd >= 0
+                    stack.callback(os.close, fd)
+                return list(fds)
+
+            fds = keep(*os.pipe(), *(os.dup(one.fileno()) for one in socket.socketpair()))
+            fds += keep(libc.memfd_create(b"some memory", 0), libc.eventfd(0, 0), libc.epoll_create1(0), libc.inotify_init(),
+                        libc.timerfd_create(1, 0), os.pidfd_open(os.getpid()))
+            fds += keep(*(os.open(name, os.O_RDONLY) for name in (
+                "/", "/proc/self/ns/net", "/proc/self/ns/mnt", "/dev/null", "/proc/self/status", "/proc/self/fd", here)))
+            for name in (b"file", b"gone", b"x" * 255, b"line\nbreak", b"not \xff utf-8", b"a (deleted)"):
+                fds += keep(os.open(here + b"/" + name, os.O_RDWR | os.O_CREAT))
+            os.unlink(here + b"/gone")
+            fds += keep(os.dup(fds[-1]), fcntl.fcntl(fds[-1], fcntl.F_DUPFD_CLOEXEC, 200))
+
+            def call():
+                for fd in fds:
+                    libc.fsync(fd)  # of any file: what comes of it does not matter
+            events = record(f"{os.getpid()}:fsync", call)
+            names = [os.fsdecode(os.readlink(f"/proc/self/fd/{fd}")) for fd in fds]
+        assert [(event.args[0], event.path) for event in events] == list(zip(fds, names))
+        assert all(event.files[0] == event.path and not event.path_unresolved for event in events)
+        assert {"pipe:", "socket:", "net:", "mnt:"} <= {name.partition("[")[0] for name in names}  # so it is what it says
+        assert {"/memfd:some memory (deleted)", "anon_inode:[eventfd]", f"{tmp_path}/gone (deleted)", "/"} <= set(names)
+
+    def test_what_is_no_descriptor_is_unknown(self):
+        events = record(f"{os.getpid()}:fsync", lambda: [ctypes.CDLL(None).fsync(fd) for fd in (-1, 1 << 30, 4000)])
+        assert [traceleft.format_args(event) for event in events] == [
+            "Fd -1<unknown>", "Fd 1073741824<unknown>", "Fd 4000<unknown>"]
+
+    def test_short_lived_descriptors(self, tmp_path):
+        """One number is another file a moment later."""
+        def call():
+            for i in range(50):
+                fd = os.open(tmp_path / str(i), os.O_WRONLY | os.O_CREAT)
+                os.write(fd, b"x")
+                os.close(fd)
+        events = record(f"{os.getpid()}:write,close", call)
+        assert [(e.name, e.path) for e in events] == [
+            (name, f"{tmp_path}/{i}") for i in range(50) for name in ("write", "close")]
+        assert len({e.args[0] for e in events}) == 1
+
+    def test_inherited_descriptors(self, tmp_path):
+        with open(tmp_path / "inherited", "wb") as file:
+            events = record("write", lambda: subprocess.run(["sh", "-c", "echo text"], stdout=file, check=True))
+        (line,) = [traceleft.format_args(e) for e in events if e.path == f"{tmp_path}/inherited"]
+        assert line == f'Fd 1<{tmp_path}/inherited> Buf "text\\n" Count 5'
+
+    def test_a_table_of_descriptors_that_two_processes_share(self, programs, tmp_path):
+        events = record("open,write,close", lambda: subprocess.run([programs["shared"], tmp_path / "f"], check=True))
+        found = [e for e in events if e.path == f"{tmp_path}/f"]
+        assert [(e.name, e.ret) for e in found[1:]] == [("write", 1), ("close", 0)]
+        assert found[0].name == "open" and found[0].pid != found[1].pid == found[2].pid
+
+    def test_names_that_are_not_opened(self, tmp_path):
+        """They are shown behind their directory, and said to be unresolved."""
+        tries = (("no", False), ("no", True), ("/no", True), ("a/../no", False), ("./no", True), ("", True))
+        directory, before, root = os.open(tmp_path, os.O_PATH), os.getcwd(), os.open("/", os.O_PATH)
+
+        def call():
+            os.chdir(tmp_path)
+            for name, behind in tries:
+                for function in (lambda name, dfd: os.open(name, 0, dir_fd=dfd), lambda name, dfd: os.chmod(name, 0, dir_fd=dfd)):
+                    with contextlib.suppress(OSError):
+                        function(name, directory if behind else None)
+            os.chdir("/")
+            for dfd in (None, root, 4000):
+                with contextlib.suppress(OSError):
+                    os.open("no", 0, dir_fd=dfd)
+            os.chdir(before)
+        events = record(f"{os.getpid()}:open,chmod,fchmodat", call)
+        os.close(directory)
+        os.close(root)
+        here = str(tmp_path)
+        paths = [f"{here}/no", f"{here}/no", "/no", f"{here}/a/../no", f"{here}/./no", here]
+        assert [(e.name, e.path) for e in events] == [
+            *((name, path) for path, (_, behind) in zip(paths, tries) for name in ("open", "fchmodat" if behind else "chmod")),
+            ("open", "/no"), ("open", "/no"), ("open", "")]
+        assert all(e.path_unresolved and e.flags & 8 for e in events)
+
+    def test_in_another_mount_namespace(self, tmp_path):
+        """The path as the process sees it, in a root and with mounts of its own; `..` does not lead out of them."""
+        script = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+base = sys.argv[1]
+os.makedirs(base + "/root/a/b")
+assert libc.mount(b"none", (base + "/root").encode(), b"tmpfs", 0, None) == 0
+os.makedirs(base + "/root/data/old")
+os.makedirs(base + "/root/there")
+assert libc.mount((base + "/root/data").encode(), (base + "/root/there").encode(), None, 4096, None) == 0
+open(base + "/root/data/f", "w").close()
+outside = os.open(base, os.O_RDONLY)
+os.chdir(base + "/root")
+os.mkdir("put")
+assert libc.syscall(155, b".", b"put") == 0  # pivot_root
+for name in ("/data/f", "/there/f", "../../there/../data/./f", "/put" + base + "/nothing", "f"):
+    try:
+        os.close(os.open(name, os.O_RDONLY))
+    except OSError:
+        os.chdir("there")
+os.chroot("/data")
+os.close(os.open("/f", os.O_RDONLY))
+os.fsync(outside)
+"""
+        if platform.machine() == "aarch64":
+            script = script.replace("155", "41")
+        events = record("open,fsync", lambda: python(script, tmp_path, prefix=["unshare", "--mount", "--propagation", "private"]))
+        pid = next(e.pid for e in events if e.name == "fsync")
+        mine = [e for e in events if e.pid == pid]
+        first = next(i for i, e in enumerate(mine) if e.args[0] == "/data/f")
+        assert [(e.args[0], e.path, e.path_unresolved) for e in mine[first:-1]] == [
+            ("/data/f", "/data/f", False), ("/there/f", "/there/f", False), ("../../there/../data/./f", "/data/f", False),
+            (f"/put{tmp_path}/nothing", f"/put{tmp_path}/nothing", True), ("f", "/there/f", False), ("/f", "/f", False)]
+        assert mine[-1].path == f"/put{tmp_path}"  # outside of its root, a file is named from the root of its mounts
+
+    def test_paths_of_every_length(self, tmp_path):
+        """Up to PATH_MAX whole, and beyond it without its begin, which is said."""
+        deep, before = str(tmp_path), os.getcwd()
+        paths = []
+
+        def call():
+            nonlocal deep
+            os.chdir(tmp_path)
+            while len(deep) < 4300:
+                name = "d" * min(250, max(1, 4094 - len(deep)) if 3840 < len(deep) < 4095 else 250)
+                os.mkdir(name)
+                os.chdir(name)
+                deep += "/" + name
+                fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+                os.fsync(fd)
+                os.close(fd)
+                paths.append(deep)
+        try:
+            events = record(f"{os.getpid()}:fsync", call)
+        finally:
+            os.chdir(before)
+            shutil.rmtree(tmp_path)
+        assert 4095 in map(len, paths) and len(paths[-1]) > 4096
+        for event, path in zip(events, paths):
+            assert event.path_incomplete == (len(path) > 4096), len(path)
+            assert path == event.path if len(path) <= 4096 else path.endswith(event.path) and len(event.path) > 3840
+
+
+@pytest.fixture(scope="class")
+def watched(tmp_path_factory):
+    """How often the rule was true for what a function does: called with it and a path, returns a number."""
+    folder = tmp_path_factory.mktemp("evasions")
+    (folder / "sub").mkdir()
+    deep = folder / "/".join("d" * 200)
+    deep.mkdir(parents=True)
+    odd = os.fsencode(folder) + b"/new\nline \xff\xc3\xa9"
+    names = [str(folder / "a.txt"), str(deep / "a.txt"), os.fsdecode(odd)]
+    for name in names:
+        Path(name).touch()
+    spec = parse_spec({**a_spec(), "events": [a_spec(f"path == {name!r}")["events"][0] for name in names]})
+    plan = traceleft.plan_spec(spec, [traceleft.parse_selector("open"), traceleft.parse_selector(f"{os.getpid()}:open")])
+    with traceleft.Tracer(plan, traceleft.Tables(spec.filters)) as tracer:
+        assert not tracer.streams  # all of it in the kernel
+
+        def count(action):
+            before = [c.matched for c in tracer.read_counts()]
+            result = action()
+            return result, [c.matched - old for c, old in zip(tracer.read_counts(), before)]
+        count.folder, count.names = folder, names
+        yield count
+
+
+class TestEvasions:
+    """`path == TARGET` against every way to open that file. What is not matched, the README has to list."""
+
+    pytestmark = live
+
+    PRELUDE = """
+import ctypes, os, sys
+folder, target = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+def opened(name, flags=os.O_RDONLY, dfd=None):
+    fd = os.open(name, flags, dir_fd=dfd)
+    assert os.fstat(fd).st_ino == os.stat(target).st_ino if target else True
+    return fd
+def openat2(dfd, name, resolve):
+    how = (ctypes.c_uint64 * 3)(os.O_RDONLY, 0, resolve)
+    fd = libc.syscall(437, dfd, name.encode(), how, 24)
+    assert fd >= 0
+def mount(source, place, flags=4096):
+    assert libc.mount(source.encode(), place.encode(), None, flags, None) == 0
+"""
+    WAYS = {
+        "absolute": "opened(target)",
+        "relative": "os.chdir(folder); opened('a.txt')",
+        "dots": "opened(folder + '/sub/..//./a.txt')",
+        "a symlink": "os.symlink(target, folder + '/link'); opened(folder + '/link')",
+        "a symlink to its directory": "os.symlink(folder, folder + '/here'); opened(folder + '/here/here/here/a.txt')",
+        "a directory's descriptor": "opened('a.txt', dfd=os.open(folder, os.O_PATH))",
+        "/proc/self/cwd": "os.chdir(folder + '/sub'); opened('/proc/self/cwd/../a.txt')",
+        "/proc/self/fd/N": "opened(f'/proc/self/fd/{os.open(folder, os.O_PATH)}/a.txt')",
+        "/proc/self/root": "opened('/proc/thread-self/root' + target)",
+        "openat2": "openat2(os.open(folder, os.O_PATH), 'a.txt', 0)",
+        "openat2 in a root of its own": "openat2(os.open(folder, os.O_PATH), '/../a.txt', 16)",
+        "O_PATH": "opened(target, os.O_PATH)",
+        "creat": "libc.creat(target.encode(), 0o600)",
+        "a 3,000-character detour": "opened(folder + '/sub/..' * 420 + '/a.txt')",
+        "a chroot that the current directory is outside of":
+            "os.chdir(folder); os.chroot(folder + '/sub'); target = ''; opened('a.txt')",
+        "a thread with a directory of its own": "import threading\ndef run(): libc.unshare(0x200); os.chdir(folder); opened('a.txt')\n"
+                                                "t = threading.Thread(target=run); t.start(); t.join()",
+    }
+    UNSEEN = {
+        # way -> what the README says of it
+        "a hard link": ("os.link(target, folder + '/hard'); opened(folder + '/hard')", "hard link"),
+        "a bind mount": ("libc.unshare(0x20000); mount('none', '/', 1 << 18 | 16384); mount(folder, folder + '/sub'); "
+                         "opened(folder + '/sub/a.txt')", "bind mount"),
+        "a chroot": ("os.chroot(folder); target = '/a.txt'; opened('/a.txt')", "chroot"),
+        "another name": ("os.rename(folder + '/sub', folder + '/sup'); os.rename(target, folder + '/sup/b'); target = ''; "
+                         "opened(folder + '/sup/b'); os.rename(folder + '/sup/b', folder + '/a.txt'); "
+                         "os.rename(folder + '/sup', folder + '/sub')", "renamed"),
+        "a handle": ("h = ctypes.create_string_buffer(136); h[0] = b'\\x80'; i = ctypes.c_int()\n"
+                     "assert libc.name_to_handle_at(-100, target.encode(), h, ctypes.byref(i), 0) == 0\n"
+                     "assert libc.open_by_handle_at(os.open(folder, os.O_RDONLY), h, 0) >= 0", "open_by_handle_at"),
+    }
+
+    def go(self, watched, script):
+        _, counts = watched(lambda: python(self.PRELUDE + script, watched.folder, watched.names[0]))
+        return counts[0]
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_matched(self, watched, way):
+        assert self.go(watched, self.WAYS[way]) == 1
+
+    @pytest.mark.parametrize("way", UNSEEN)
+    def test_not_seen_and_said(self, watched, way):
+        script, said = self.UNSEEN[way]
+        assert self.go(watched, script) == 0
+        assert said in (HERE / "README.md").read_text()
+
+    def test_a_chain_of_200_directories(self, watched):
+        deep = watched.names[1]
+
+        def down():
+            before = os.getcwd()
+            for name in Path(deep).parts[:-1]:
+                os.chdir(name)
+            os.close(os.open("a.txt", os.O_RDONLY))
+            os.chdir(before)
+        assert watched(down)[1] == [0, 1, 0]
+        assert watched(lambda: os.close(os.open(deep, os.O_RDONLY)))[1] == [0, 1, 0]
+
+    def test_a_newline_and_bytes_that_are_no_text(self, watched):
+        assert watched(lambda: os.close(os.open(watched.names[2], os.O_RDONLY)))[1] == [0, 0, 1]
+
+    @pytest.mark.parametrize("how", ["flip", "hide"])
+    def test_a_name_that_is_changed_or_hidden_meanwhile(self, programs, watched, how):
+        """What counts is the file that was opened, whatever the name says before or after."""
+        other = watched.folder / "b.txt"
+        other.touch()
+        command = [programs["race"], watched.names[0], other, how]
+        done, counts = watched(lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE))
+        assert counts[0] == int(done.stdout) > 0
+
+    def test_rules_on_the_name_itself_are_evaded_so(self, tmp_path):
+        """What `arg1 ==` is for: the name as it was passed."""
+        (tmp_path / "a.txt").touch()
+        events = record("open", lambda: python("import os, sys; os.chdir(sys.argv[1]); os.open('./a.txt', 0)", tmp_path))
+        (event,) = [event for event in events if event.path == f"{tmp_path}/a.txt"]
+        assert not matches(f"arg1 == '{tmp_path}/a.txt'", event) and matches(f"path == '{tmp_path}/a.txt'", event)
+        assert matches("arg1 == './a.txt'", event)
 
 
 class TestWalkThrough:
