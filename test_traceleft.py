@@ -2025,7 +2025,7 @@ class TestPaths:
         assert len({e.args[0] for e in events}) == 1
 
     def test_inherited_descriptors(self, tmp_path):
-        with open(tmp_path / "inherited", "wb") as file:
+        with (tmp_path / "inherited").open("wb") as file:
             events = record("write", lambda: subprocess.run(["sh", "-c", "echo text"], stdout=file, check=True))
         (line,) = [traceleft.format_args(e) for e in events if e.path == f"{tmp_path}/inherited"]
         assert line == f'Fd 1<{tmp_path}/inherited> Buf "text\\n" Count 5'
