@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "traceleft.py"
 DEADLINE = 30.0  # seconds that anything may take before it counts as hanging
 CLEAN_ENVIRONMENT = {**os.environ}  # before any test changes it
+EXAMPLES = sorted(path for path in (HERE / "spec").glob("*.json") if not path.name.endswith(".schema.json"))
 
 live = [pytest.mark.live,
         pytest.mark.skipif(os.geteuid() != 0 and os.environ.get("TRACELEFT_LIVE") != "1",
@@ -886,14 +887,99 @@ class TestSpec:
             parse_spec(spec if place else value)
 
     def test_every_example_is_valid(self):
-        examples = sorted((HERE / "spec").glob("*.json"))
-        assert len(examples) >= 5
-        for path in examples:
-            assert run("check", path).stdout == f"{path}: ok\n"
+        assert len(EXAMPLES) >= 5
+        done = run("check", *(HERE / "spec").glob("*.json"))
+        assert done.returncode == 0
+        assert sorted(done.stdout.splitlines()) == [f"{path}: ok" for path in EXAMPLES]
+        assert "aggregator-spec.schema.json: a JSON Schema by its name, and not a spec: not checked\n" in done.stderr
 
 
 def edit(spec, key, **changes):
     return {**spec, key: [{**spec[key][0], **changes}]}
+
+
+@pytest.fixture(scope="session")
+def validator():
+    """Of specs, by the schema."""
+    jsonschema = importlib.import_module("jsonschema")
+    schema = json.loads((HERE / "spec/aggregator-spec.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+class TestSchema:
+    """What the validator accepts the schema accepts; what it refuses the schema refuses, where a schema can say so."""
+
+    BEYOND = re.compile(  # what errors speak of that no schema can tell
+        r"filters are too many|unknown channel id|is already the id|stands (twice|in)|has no field|format for a (file|grpc) channel|"
+        r"rule: (syntax|write)|expected HOST:PORT")
+
+    def test_the_file_is_what_the_program_prints(self):
+        assert (HERE / "spec/aggregator-spec.schema.json").read_text() == run("schema").stdout, \
+            "traceleft.py schema > spec/aggregator-spec.schema.json"
+
+    @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+    def test_accepts_every_example(self, validator, path):
+        assert list(validator.iter_errors(json.loads(path.read_text()))) == []
+
+    @pytest.mark.parametrize("change, errors", TestSpec.test_errors.pytestmark[0].args[1])
+    def test_refuses_what_the_validator_refuses(self, validator, change, errors):
+        value = change(a_spec())
+        beyond = all(self.BEYOND.search(error) for error in errors_of(value))
+        assert beyond or list(validator.iter_errors(value))
+
+    @pytest.mark.parametrize("path", ["h", "h:", "h:123456", ":x"])
+    def test_a_collectors_address(self, validator, path):
+        value = grpc_spec(1)
+        assert list(validator.iter_errors(value)) == []
+        value["channels"][0]["path"] = path
+        assert list(validator.iter_errors(value))
+
+    @settings(max_examples=300, deadline=None)
+    @given(TestSpec.json_values, st.sampled_from([("events",), ("channels",), ("events", 0), ("events", 0, "function"),
+                                                  ("events", 0, "output"), ("channels", 0), ("$schema",)]))
+    def test_accepts_what_the_validator_accepts(self, validator, value, place):
+        spec = a_spec()
+        at = spec
+        for step in place[:-1]:
+            at = at[step]
+        at[place[-1]] = value
+        try:
+            parse_spec(spec)
+        except SpecError:
+            return
+        assert list(validator.iter_errors(spec)) == []
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.sampled_from(["frequency=1", "threshold = 12", " by=uid", "by=uid,pid ", ";", ";", "x=1", "by", " "]), max_size=6))
+    def test_parameters(self, validator, words):
+        spec = a_spec(parameters="".join(words))
+        try:
+            parse_spec(spec)
+        except SpecError as error:
+            assert any("stands twice" in text or "has no field" in text for text in error.errors) or \
+                list(validator.iter_errors(spec))
+        else:
+            assert list(validator.iter_errors(spec)) == []
+
+    def test_knows_every_key_that_the_validator_knows(self, validator):
+        """Also of objects in objects: the schema's properties at each place where the validator looks for keys."""
+        known = {}
+
+        class Listener(traceleft.SpecParser):
+            def object(self, value, path, required, optional):
+                known.setdefault(re.sub(r"\[\d+\]", "", path), set()).update(required, optional)
+                return super().object(value, path, required, optional)
+
+        for value in (a_spec(), grpc_spec(1), *(json.loads(path.read_text()) for path in EXAMPLES)):
+            Listener().parse(value)
+        for path, keys in known.items():
+            at = validator.schema
+            for step in filter(None, path.split(".")):
+                at = at["properties"][step]
+                at = at.get("items", at)
+            assert set(at["properties"]) == keys, path or "the spec"
+            assert all(described.get("description") for described in at["properties"].values())
 
 
 class TestAggregator:
@@ -2371,7 +2457,7 @@ for i in range(1_000_000):
         assert done.stderr.splitlines()[0].startswith("traceleft: ready")
         assert "FILTER  EVENT" in done.stderr
 
-    @pytest.mark.parametrize("path", sorted((HERE / "spec").glob("*.json")), ids=lambda path: path.name)
+    @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
     def test_every_example_runs(self, path, tmp_path):
         """As it stands, but for the places that it writes to."""
         value = json.loads(path.read_text())
@@ -2494,6 +2580,116 @@ class TestCollector:
         assert done.stderr.startswith("traceleft: --listen: expected HOST:PORT")
 
 
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory):
+    """A folder with the completion scripts, _SHELL, and a file whose name has a space."""
+    folder = tmp_path_factory.mktemp("completion")
+    (folder / "spec one.json").touch()
+    for shell in traceleft.COMPLETIONS:
+        (folder / f"_{shell}").write_text(run("completion", shell).stdout)
+    return folder
+
+
+class TestCompletion:
+    """Each in its shell, as the shell asks for it."""
+
+    CASES = [
+        (["tr"], {"trace"}), (["events", "--for"], {"--format"}), (["events", "--format", "m"], {"markdown"}),
+        (["trace", "--ver"], {"--verbose"}), (["check", "{folder}/sp"], {"{folder}/spec one.json"}),
+        (["trace", "--spec", "{folder}/sp"], {"{folder}/spec one.json"}), (["--vers"], {"--version"}),
+        (["trace", "--follow", "42:7:open,clos"], {"close", "close_range", "close_v4", "close_v6"}),
+        (["trace", "--duration", "1", "timerfd_c"], {"timerfd_create"}), (["completion", "z"], {"zsh"}), (["man", "x"], set()),
+    ]
+
+    def check(self, scripts, found, wanted):
+        assert found == {word.format(folder=scripts) for word in wanted}
+
+    @pytest.mark.parametrize("words, wanted", CASES)
+    def test_bash(self, scripts, words, wanted):
+        words = ["traceleft", *(word.format(folder=scripts) for word in words)]
+        typed = " ".join(f"'{word}'" for word in words)
+        ask = f"source {scripts}/_bash; COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; " \
+              "_traceleft; printf '%s\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        before = words[-1].rpartition(",")[0]  # of a selector, what stands already
+        found = {line[len(before) + 1:] if before else line for line in done.stdout.splitlines() if line}
+        self.check(scripts, found, wanted)
+
+    def test_bash_where_a_colon_breaks_words(self, scripts):
+        ask = f"source {scripts}/_bash; COMP_WORDS=(traceleft trace 42 : 7 :opene); COMP_CWORD=5; _traceleft; echo ${{COMPREPLY[@]}}"
+        assert subprocess.run(["bash", "-c", ask.replace("opene", "openat2")], capture_output=True, text=True).stdout == "openat2\n"
+
+    @pytest.mark.parametrize("words, wanted", CASES)
+    def test_fish(self, scripts, words, wanted):
+        words = [word.format(folder=scripts) for word in words]
+        ask = f"source {scripts}/_fish; complete -C 'traceleft.py {' '.join(words)}'"
+        done = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True)
+        found = {line.split("\t")[0].replace("\\ ", " ") for line in done.stdout.splitlines()}
+        before = words[-1].rpartition(",")[0]
+        self.check(scripts, {word[len(before) + 1:] if before else word for word in found}, wanted)
+
+    def test_zsh(self, scripts):
+        """What TAB makes of a line, on a terminal."""
+        assert subprocess.run(["zsh", "-n", scripts / "_zsh"], capture_output=True, text=True).stderr == ""
+        lines = [" ".join(["traceleft.py", *(word.format(folder=scripts) for word in words)]) for words, _ in self.CASES]
+        for (words, wanted), line, after in zip(self.CASES, lines, self.press_tab(scripts, lines)):
+            before = line.rpartition(" ")[0] + " " + (words[-1].rpartition(",")[0] + "," if "," in words[-1] else "")
+            common = os.path.commonprefix(sorted(wanted)).format(folder=scripts).replace(" ", "\\ ")
+            assert after.rstrip() == (before + common if wanted else line)
+
+    @staticmethod
+    def press_tab(folder, lines):
+        """An interactive zsh in which a key writes the line that stands there to a file."""
+        (folder / "setup").write_text(f"""
+autoload -U compinit; compinit -D -u; source {folder}/_zsh; number=0
+keep() {{ print -r -- "$BUFFER" > {folder}/new && mv {folder}/new {folder}/line-$number; (( number++ )); BUFFER= }}
+zle -N keep; bindkey '^T' keep; bindkey '^I' expand-or-complete; print > {folder}/set-up
+""")
+        master, slave = pty.openpty()
+        process = subprocess.Popen(["zsh", "-f", "-i"], stdin=slave, stdout=slave, stderr=slave, cwd=folder,
+                                   env={**CLEAN_ENVIRONMENT, "TERM": "dumb"}, start_new_session=True)
+        os.close(slave)
+        reader = threading.Thread(target=read_all, args=(master,))
+        reader.start()
+        try:
+            os.write(master, f"source {folder}/setup\n".encode())
+            wait_until((folder / "set-up").exists, "zsh is set up")
+            for number, line in enumerate(lines):
+                os.write(master, f"{line}\t\x14".encode())
+                wait_until((folder / f"line-{number}").exists, f"zsh has completed {line}")
+        finally:
+            process.kill()
+            process.wait()
+            reader.join(DEADLINE)
+            os.close(master)
+        return [(folder / f"line-{number}").read_text().rstrip("\n") for number in range(len(lines))]
+
+
+def read_all(fd):
+    """Reads a terminal until nobody writes to it any more."""
+    with contextlib.suppress(OSError):
+        while os.read(fd, 65536):
+            pass
+
+
+class TestManPage:
+    def test_is_well_formed(self, tmp_path):
+        (tmp_path / "traceleft.8").write_text(run("man").stdout)
+        done = subprocess.run(["mandoc", "-T", "lint", "-W", "warning", tmp_path / "traceleft.8"], capture_output=True, text=True)
+        assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []
+
+    def test_says_what_the_parser_says(self, tmp_path):
+        (tmp_path / "traceleft.8").write_text(run("man").stdout)
+        shown = subprocess.run(["mandoc", "-T", "utf8", "-O", "width=500", tmp_path / "traceleft.8"], capture_output=True, text=True).stdout
+        shown = " ".join(re.sub(".\b", "", shown).split())
+        parser = traceleft.build_parser()
+        for command in traceleft.parser_commands(parser):
+            assert command.help in shown
+            assert all(" ".join(option.help.split()) in shown for option in [*command.options, *command.positionals])
+        assert "traceleft trace --spec" in shown and "4 the accounting did not add up" in shown
+
+
 def assert_one_line(done, code, message):
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("traceleft: ")
@@ -2578,6 +2774,24 @@ class TestCommandLine:
         assert "timerfd_create" in " ".join(lines[rest + 1:]).split()
         detail = run("events", "open").stdout
         assert "arg1  filename" in detail and "openat2" in detail
+
+    def test_events_as_json(self):
+        described = {found["name"]: found for found in json.loads(run("events", "--format", "json").stdout)}
+        assert set(described) >= {*EVENT_TYPES} - {name for name, kind in EVENT_TYPES.items()
+                                                   if not kind.is_tcp and not traceleft.syscalls_here(kind)}
+        opened = described["open"]
+        assert [(a["field"], a["name"], a["type"]) for a in opened["arguments"]] == [
+            ("arg1", "filename", "text"), ("arg2", "flags", "integer"), ("arg3", "mode", "integer")]
+        assert "openat2" in opened["syscalls"] and {"ret", "comm", "path"} <= set(opened["fields"])
+        assert described["connect_v6"]["kind"] == "connection" and described["connect_v6"]["syscalls"] == []
+        assert described["connect_v6"]["arguments"][0]["type"] == "address"
+        assert "timerfd_create" in described
+        assert list(json.loads(run("events", "--format", "json", "read", "open").stdout)[0]) == list(opened)
+
+    def test_events_as_markdown(self):
+        lines = run("events", "close", "connect_v4", "--format", "markdown").stdout.splitlines()
+        assert lines == ["| event | arguments | what it is here |", "| --- | --- | --- |", "| `close` | `fd` | `close` |",
+                         "| `connect_v4` | `saddr`, `daddr`, `sport`, `dport`, `netns` | a change of a TCP connection |"]
 
     @pytest.mark.parametrize("_", range(5))
     def test_a_closed_pipe_is_no_error(self, _):

@@ -1859,7 +1859,7 @@ class SpecParser:
         self.errors.append(f"{path}: {message}" if path else message)
 
     def parse(self, value: Any) -> Spec:
-        top = self.object(value, "", {"channels": list, "events": list}, {})
+        top = self.object(value, "", {"channels": list, "events": list}, {"$schema": str})
         channels = [self.channel(item, f"channels[{i}]") for i, item in enumerate(top.get("channels", []))]
         known = {channel.id: channel for channel in channels if channel}
         self.unique("channels", [channel.id if channel else None for channel in channels])
@@ -4370,6 +4370,343 @@ def run_collector(collector: Collector, stop: StopSignals, output: TextIO) -> No
 
 
 # ======================================================================================================================
+# Schema: the spec's JSON Schema, for editors. It says no to less than SpecParser, and to nothing that that accepts
+# ======================================================================================================================
+
+SCHEMA_DIALECT = "http://json-schema.org/draft-07/schema#"  # the one that every editor knows
+NO_NUL = "^[^\\u0000]*$"
+PARAMETER_PATTERNS: Dict[Callable[[str, EventType], Any], str] = {
+    parse_count: r"\s*[0-9]{1,19}\s*",
+    parse_by: r"[^;=]*[^;=\s][^;=]*",
+}
+
+
+def schema_text(description: str, least: int = 0, **more: Any) -> Dict[str, Any]:
+    """A string; every text of a spec is refused that has a NUL."""
+    return {"type": "string", "description": description, **({"minLength": least} if least else {}),
+            "pattern": NO_NUL, **more}
+
+
+def schema_object(description: str, required: Sequence[str], properties: Dict[str, Any]) -> Dict[str, Any]:
+    return {"type": "object", "description": description, "properties": properties, "required": list(required),
+            "additionalProperties": False}
+
+
+def schema_when(key: str, value: str, properties: Dict[str, Any]) -> Dict[str, Any]:
+    """What else holds when a member has a value."""
+    return {"if": {"properties": {key: {"const": value}}, "required": [key]}, "then": {"properties": properties}}
+
+
+def schema_parameters(function: str) -> Dict[str, Any]:
+    """The text `NAME=VALUE;NAME=VALUE` of a processing function."""
+    known = PROCESSING[function].parameters
+    pairs = "|".join(rf"\s*{name}\s*={PARAMETER_PATTERNS.get(parameter.parse, '[^;]*')}"
+                     for name, parameter in known.items())
+    pattern = rf"^(({pairs})(;({pairs}))*;?)?\s*$"
+    return {"pattern": pattern, "description": f"NAME=VALUE, separated by ';'. Parameters of {function}: "
+                                               f"{', '.join(known)}"}
+
+
+def schema_channel() -> Dict[str, Any]:
+    channel = schema_object("where alerts go; one that no filter uses is not opened", ("id", "type", "path"), {
+        "id": schema_text("a unique name, for events[].channel", 1),
+        "type": schema_text("file: appends to a file; grpc: sends to a collector", enum=list(FORMATS)),
+        "path": schema_text("of a file channel, the file; of a grpc channel, HOST:PORT", 1),
+    })
+    return {**channel, "allOf": [schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}})]}
+
+
+def schema_filter() -> Dict[str, Any]:
+    every_name = sorted({*(row[0] for row in EVENT_ROWS), *SYSCALL_NUMBERS})  # of every architecture
+    formats = dict.fromkeys(itertools.chain.from_iterable(FORMATS.values()))
+    function = schema_object("which of the matched events pass", ("id",), {
+        "id": schema_text("the processing function's name", enum=list(PROCESSING)),
+        "parameters": schema_text("NAME=VALUE, separated by ';'"),
+    })
+    return schema_object("one filter: which events match, which of them pass, and what is sent of those",
+                         ("name", "channel", "function", "output"), {
+        "id": schema_text("a unique name; default NAME-INDEX, as in open-0", 1),
+        "name": schema_text("the event type; 'traceleft.py events' lists them", enum=every_name),
+        "channel": schema_text("id of the channel that gets the alerts", 1),
+        "stream": schema_text("a label that travels with every alert"),
+        "group": schema_text("a label that travels with every alert"),
+        "rule": schema_text("which events match, as in: arg1 == '/tmp/a.txt' and ret >= 0; absent or empty: all"),
+        "function": {**function, "allOf": [schema_when("id", name, {"parameters": schema_parameters(name)})
+                                           for name in PROCESSING]},
+        "output": schema_object("what is sent of the events that passed", ("metrics", "format"), {
+            "metrics": schema_text("alerts_per_sec: one alert for each second in which something passed",
+                                   enum=list(OUTPUTS)),
+            "format": schema_text("file: " + ", ".join(FORMATS["file"]) + "; grpc: " + ", ".join(FORMATS["grpc"]),
+                                  enum=list(formats)),
+        }),
+    })
+
+
+def spec_schema() -> Dict[str, Any]:
+    """The JSON Schema of an aggregation spec, the same on every host."""
+    top = schema_object("traceleft.py: which syscalls of a host are counted, and where the counts go",
+                        ("channels", "events"), {
+        "$schema": schema_text("this file's place, for editors"),
+        "channels": {"type": "array", "description": "where alerts go", "items": schema_channel()},
+        "events": {"type": "array", "description": "the filters; every filter sees every event", "minItems": 1,
+                   "maxItems": MAX_FILTERS, "items": schema_filter()},
+    })
+    return {"$schema": SCHEMA_DIALECT, "title": "aggregation spec", **top}
+
+
+# ======================================================================================================================
+# Shell completion and the man page, from the argument parser's own words
+# ======================================================================================================================
+
+COMPLETED = {"FILE": "files", "SPEC": "files", "SELECTOR": "events", "NAME": "events"}  # by metavar; others: nothing
+PROGRAMS_COMPLETED = ("traceleft", "traceleft.py")
+
+
+class Option(NamedTuple):
+    """One option or positional argument (which has no names)."""
+
+    names: Tuple[str, ...]
+    metavar: str  # empty: it takes no value
+    help: str
+    choices: Tuple[str, ...]
+    repeats: bool
+
+    @property
+    def kind(self) -> str:
+        """What is offered for its value: files, events, words or nothing."""
+        return "words" if self.choices else COMPLETED.get(self.metavar, "")
+
+
+class Command(NamedTuple):
+    """One subcommand as the parser knows it."""
+
+    name: str
+    help: str
+    options: List[Option]
+    positionals: List[Option]
+    usage: str
+    epilog: str
+
+
+def parser_options(parser: argparse.ArgumentParser) -> List[Option]:
+    """What a parser takes, in its order."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        flag = bool(action.option_strings) and action.nargs == 0
+        metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+        found.append(Option(tuple(action.option_strings), "" if flag else metavar, (action.help or "") % {
+            "default": action.default, "prog": parser.prog}, tuple(map(str, action.choices or ())),
+            action.nargs in ("*", "+")))
+    return found
+
+
+def parser_commands(parser: argparse.ArgumentParser) -> List[Command]:
+    """Its subcommands."""
+    (action,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+    commands = []
+    for name, command in action.choices.items():
+        options = parser_options(command)
+        usage = " ".join(command.format_usage().split()[1:])
+        commands.append(Command(name, helps[name], [o for o in options if o.names], [o for o in options if not o.names],
+                                usage, command.epilog or ""))
+    return commands
+
+
+def bash_words(option: Option) -> str:
+    """The command that offers an option's values."""
+    return {"files": "_traceleft_files", "events": "_traceleft_events", "": ":",
+            "words": f"_traceleft_words '{' '.join(option.choices)}'"}[option.kind]
+
+
+def complete_bash(parser: argparse.ArgumentParser) -> str:
+    commands = parser_commands(parser)
+    cases = []
+    for command in commands:
+        values = "".join(f"      {command.name},{name}) {bash_words(option)}; return ;;\n"
+                         for option in command.options if option.metavar for name in option.names)
+        cases.append(values)
+    defaults = []
+    for command in commands:
+        names = " ".join(name for option in command.options for name in option.names)
+        positional = bash_words(command.positionals[0]) if command.positionals else ":"
+        defaults.append(f"      {command.name},-*) _traceleft_words '{names}' ;;\n"
+                        f"      {command.name},*) {positional} ;;\n")
+    top = " ".join(name for option in parser_options(parser) for name in option.names)
+    return f"""# bash completion of traceleft.py; source it, or install it as completions/traceleft
+_traceleft_words() {{ mapfile -t COMPREPLY < <(compgen -W "$1" -- "$current"); }}
+_traceleft_files() {{ compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$current"); }}
+_traceleft_events() {{  # of a selector, what is behind the last comma or colon
+    [[ $COMP_WORDBREAKS == *:* ]] && current=${{current##*:}}
+    local before=${{current%"${{current##*[,:]}}"}}
+    mapfile -t COMPREPLY < <(compgen -P "$before" -W "{' '.join(event_names())}" -- "${{current##*[,:]}}")
+}}
+_traceleft() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command='' word
+    COMPREPLY=()
+    if [[ $current == = ]]; then current=''; else [[ $before == = ]] && before=${{COMP_WORDS[COMP_CWORD-2]}}; fi
+    for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do [[ $word != -* ]] && {{ command=$word; break; }}; done
+    case $command,$before in
+{''.join(cases)}    esac
+    case $command,$current in
+      ,-*) _traceleft_words '{top}' ;;
+      ,*) _traceleft_words '{' '.join(command.name for command in commands)}' ;;
+{''.join(defaults)}    esac
+}}
+complete -F _traceleft {' '.join(PROGRAMS_COMPLETED)}
+"""
+
+
+def zsh_quote(text: str) -> str:
+    """In single quotes; in an explanation or a message brackets and colons have a meaning."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def zsh_escape(text: str) -> str:
+    return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+
+def zsh_argument(option: Option) -> List[str]:
+    """The arguments of _arguments for an option, one for each of its names."""
+    action = {"files": "_files", "events": "_traceleft_events", "": " ",
+              "words": f"({' '.join(option.choices)})"}[option.kind]
+    value = f":{zsh_escape(option.metavar)}:{action}" if option.metavar else ""
+    if not option.names:
+        return [zsh_quote(("*" if option.repeats else "1") + value)]
+    others = f"({' '.join(option.names)})" if len(option.names) > 1 else ""
+    return [zsh_quote(f"{others}{name}[{zsh_escape(option.help)}]{value}") for name in option.names]
+
+
+def complete_zsh(parser: argparse.ArgumentParser) -> str:
+    commands = parser_commands(parser)
+    described = "\n".join("    " + zsh_quote(f"{command.name}:{command.help}") for command in commands)
+    cases = "".join(f"    {command.name}) _arguments " + " ".join(
+        word for option in [*command.options, *command.positionals] for word in zsh_argument(option)) + " ;;\n"
+        for command in commands)
+    top = " ".join(word for option in parser_options(parser) for word in zsh_argument(option))
+    return f"""#compdef {' '.join(PROGRAMS_COMPLETED)}
+# zsh completion of traceleft.py; source it after compinit, or install it as _traceleft in a folder of $fpath
+_traceleft_events() {{  # of a selector, what is behind the last comma or colon
+  local -a events
+  events=({' '.join(event_names())})
+  compset -P '*[,:]'
+  compadd -S '' -a events
+}}
+_traceleft() {{
+  local context state state_descr line
+  typeset -A opt_args
+  local -a commands
+  commands=(
+{described}
+  )
+  _arguments -C {top} '1:COMMAND:->command' '*::argument:->argument'
+  case $state in
+  command) _describe command commands ;;
+  argument)
+    case $words[1] in
+{cases}    esac ;;
+  esac
+}}
+if [[ $funcstack[1] == _traceleft ]]; then _traceleft "$@"; else compdef _traceleft {' '.join(PROGRAMS_COMPLETED)}; fi
+"""
+
+
+def fish_quote(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def fish_option(condition: str, option: Option) -> str:
+    """The line for an option, or for a positional argument's values."""
+    names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
+    values = {"files": "-r -F", "events": "-x -a '(__traceleft_events)'", "": "-x",
+              "words": f"-x -a {fish_quote(' '.join(option.choices))}"}[option.kind]
+    words = ["  complete -c $program -n", fish_quote(condition), names, values if option.metavar else "",
+             f"-d {fish_quote(option.help if option.names else option.metavar)}"]
+    return " ".join(word for word in words if word)
+
+
+def complete_fish(parser: argparse.ArgumentParser) -> str:
+    lines = [fish_option("__fish_use_subcommand", option) for option in parser_options(parser)]
+    for command in parser_commands(parser):
+        lines.append(f"  complete -c $program -n __fish_use_subcommand -a {command.name} -d {fish_quote(command.help)}")
+        lines += [fish_option(f"__fish_seen_subcommand_from {command.name}", option)
+                  for option in [*command.options, *command.positionals]]
+    rules = "\n".join(lines)
+    return f"""# fish completion of traceleft.py; source it, or install it in vendor_completions.d
+function __traceleft_events  # of a selector, what is behind the last comma or colon
+  set -l before (string replace -r '[^,:]*$' '' -- (commandline -ct))
+  for name in {' '.join(event_names())}
+    echo $before$name
+  end
+end
+for program in {' '.join(PROGRAMS_COMPLETED)}
+  complete -c $program -f
+{rules}
+end
+"""
+
+
+COMPLETIONS: Dict[str, Callable[[argparse.ArgumentParser], str]] = {
+    "bash": complete_bash, "zsh": complete_zsh, "fish": complete_fish,
+}
+
+
+def roff(text: str) -> str:
+    """Text for man(7): no character of it is a request, an escape or a typographic hyphen."""
+    escaped = text.replace("\\", "\\e").replace("-", "\\-")
+    return "\n".join("\\&" + line if line[:1] in (".", "'") else line for line in escaped.split("\n"))
+
+
+def roff_option(option: Option) -> str:
+    """A tagged paragraph."""
+    value = f" \\fI{roff(option.metavar)}\\fR" if option.metavar else ""
+    names = ", ".join(f"\\fB{roff(name)}\\fR{value}" for name in option.names) or value.strip()
+    choices = f" ({', '.join(option.choices)})" if option.choices else ""
+    return f".TP\n{names}\n{roff(option.help + choices)}\n"
+
+
+def roff_command(command: Command) -> str:
+    listed = "".join(roff_option(option) for option in [*command.positionals, *command.options]
+                     if "--help" not in option.names)
+    return f".SS {roff(command.name)}\n{roff(command.usage)}\n.PP\n{roff(command.help)}.\n{listed}"
+
+
+def man_page(parser: argparse.ArgumentParser) -> str:
+    """The manual page, section 8, from the parser's own text."""
+    name = parser.prog.rpartition(".")[0] or parser.prog
+    commands = parser_commands(parser)
+    examples = (parser.epilog or "").partition("\n")[2].strip("\n")
+    codes = next(command.epilog for command in commands if command.epilog).partition("\n")[2]
+    statuses = "".join(f".TP\n{code}\n{roff(meaning)}\n" for code, meaning in re.findall(r"(\d)  (.*)", codes))
+    options = "".join(roff_option(option) for option in parser_options(parser))
+    description = (parser.description or "").rstrip(".")
+    page = f""".TH {name.upper()} 8 "" "{name} {VERSION}"
+.SH NAME
+{name} \\- {roff(description[:1].lower() + description[1:])}
+.SH SYNOPSIS
+.B {name}
+\\fICOMMAND\\fR [\\fIoption\\fR ...] [\\fIargument\\fR ...]
+.SH DESCRIPTION
+{roff(DESCRIPTION)}
+.SH OPTIONS
+{options}.SH COMMANDS
+{"".join(roff_command(command) for command in commands)}.SH EXIT STATUS
+{statuses}.SH EXAMPLES
+.nf
+{roff(textwrap.dedent(examples))}
+.fi
+"""
+    return page.replace(roff(parser.prog), name)
+
+
+DESCRIPTION = """An aggregation spec says which events of a host are counted, how many of them pass, and which channel
+gets a record about them each second. Rules and counters run in the kernel, as an eBPF program; what could not be
+delivered is counted, too. Without a spec, every event of the selectors is a line on standard output."""
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
@@ -4516,6 +4853,9 @@ def command_collect(options: argparse.Namespace) -> int:
 def command_check(options: argparse.Namespace) -> int:
     code = 0
     for path in options.specs:
+        if path.endswith(".schema.json"):  # one of spec/*.json
+            say(f"{escape(path)}: a JSON Schema by its name, and not a spec: not checked")
+            continue
         try:
             spec = load_spec(path)
         except SpecError as error:
@@ -4607,28 +4947,99 @@ def format_parameter(value: Any) -> str:
 
 
 def command_events(options: argparse.Namespace) -> int:
-    if options.names:
-        found_events = [find_event(name) for name in options.names]
-        print("\n".join(line for found in found_events for line in describe_event(found)))
-        return 0
-    here = [found for found in EVENT_TYPES.values() if found.is_tcp or syscalls_here(found)]
-    print("\n".join(f"{found.name}({', '.join(argument.name for argument in found.arguments)})" for found in here))
-    print("and, with the arguments that tracefs names:")
-    print(textwrap.fill(" ".join(event_names()[len(EVENT_NAMES):]), 118, initial_indent="  ", subsequent_indent="  "))
+    chosen = [find_event(name) for name in options.names]
+    print("\n".join(EVENT_FORMATS[options.format](chosen)))
     return 0
+
+
+def events_text(chosen: Sequence[EventType]) -> Iterator[str]:
+    if chosen:
+        yield from itertools.chain.from_iterable(map(describe_event, chosen))
+        return
+    yield from (f"{found.name}({', '.join(argument.name for argument in found.arguments)})" for found in events_here())
+    yield "and, with the arguments that tracefs names:"
+    yield textwrap.fill(" ".join(event_names()[len(EVENT_NAMES):]), 118, initial_indent="  ", subsequent_indent="  ")
+
+
+def events_here() -> List[EventType]:
+    """The table's event types that there are on this architecture."""
+    return [found for found in EVENT_TYPES.values() if found.is_tcp or syscalls_here(found)]
+
+
+def described_events(chosen: Sequence[EventType]) -> Iterator[Dict[str, Any]]:
+    """The chosen event types, or else all, as JSON objects; arguments are null where tracefs cannot be asked."""
+    known = {found.name: found for found in chosen or events_here()}
+    for name in known if chosen else [*known, *event_names()[len(EVENT_NAMES):]]:
+        try:
+            yield event_json(known.get(name) or event_type(name))
+        except (HostError, KeyError):
+            yield {"name": name, "kind": "syscall", "arguments": None, "syscalls": [name], "fields": None}
+
+
+def event_json(found: EventType) -> Dict[str, Any]:
+    arguments = [{"field": f"arg{index}", "name": argument.name, "type": argument_kind(argument),
+                  "holds": argument.type_name} for index, argument in enumerate(found.arguments, 1)]
+    return {"name": found.name, "kind": "connection" if found.is_tcp else "syscall", "arguments": arguments,
+            "syscalls": [syscall.name for syscall in syscalls_here(found)], "fields": common_fields(found)}
+
+
+def events_json(chosen: Sequence[EventType]) -> Iterator[str]:
+    """One array, an event type a line."""
+    yield "["
+    yield ",\n".join(f"  {json.dumps(described)}" for described in described_events(chosen))
+    yield "]"
+
+
+def events_markdown(chosen: Sequence[EventType]) -> Iterator[str]:
+    yield "| event | arguments | what it is here |"
+    yield "| --- | --- | --- |"
+    for described in described_events(chosen):
+        arguments = described["arguments"]
+        shown = ", ".join(f"`{argument['name']}`" for argument in arguments or ())
+        syscalls = ", ".join(f"`{name}`" for name in described["syscalls"])
+        yield (f"| `{described['name']}` | {'as tracefs names them' if arguments is None else shown} | "
+               f"{syscalls or 'a change of a TCP connection'} |")
+
+
+EVENT_FORMATS: Dict[str, Callable[[Sequence[EventType]], Iterator[str]]] = {
+    "text": events_text, "json": events_json, "markdown": events_markdown,
+}
+
+
+def argument_kind(argument: Argument) -> str:
+    """What a rule sees in it."""
+    return "text" if argument.is_text else "address" if argument.type.address_bits else "integer"
+
+
+def common_fields(found: EventType) -> List[str]:
+    """The fields of a rule on this event type that are no arguments."""
+    return [name for name in event_fields(found) if not re.fullmatch(r"arg[1-6]", name)][len(found.arguments):]
 
 
 def describe_event(found: EventType) -> List[str]:
     """The lines that `events NAME` prints."""
     lines = [f"{found.name}({', '.join(argument.name for argument in found.arguments)})"]
     for index, argument in enumerate(found.arguments, 1):
-        kind = "text" if argument.is_text else "address" if argument.type.address_bits else "integer"
-        lines.append(f"  arg{index}  {argument.name:10} {argument.type_name:8} {kind}")
-    common = [name for name in event_fields(found) if not re.fullmatch(r"arg[1-6]", name)]
-    lines.append(f"  and: {', '.join(common[len(found.arguments):])}")
+        lines.append(f"  arg{index}  {argument.name:10} {argument.type_name:8} {argument_kind(argument)}")
+    lines.append(f"  and: {', '.join(common_fields(found))}")
     syscalls = ", ".join(syscall.name for syscall in syscalls_here(found)) or "none"
     lines.append("  a TCP connection's change of state" if found.is_tcp else f"  syscalls here: {syscalls}")
     return lines
+
+
+def command_schema(options: argparse.Namespace) -> int:
+    print(json.dumps(spec_schema(), indent=2))
+    return 0
+
+
+def command_completion(options: argparse.Namespace) -> int:
+    print(COMPLETIONS[options.shell](build_parser()), end="")
+    return 0
+
+
+def command_man(options: argparse.Namespace) -> int:
+    print(man_page(build_parser()), end="")
+    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -4693,17 +5104,28 @@ def build_parser() -> Parser:
     collect.set_defaults(run=command_collect)
 
     check = commands.add_parser("check", help="validate specs", allow_abbrev=False)
-    check.add_argument("specs", nargs="+", metavar="SPEC")
+    check.add_argument("specs", nargs="+", metavar="SPEC", help="an aggregation spec")
     check.set_defaults(run=command_check)
 
     explain = commands.add_parser("explain", help="say per filter what runs in the kernel and what does not",
                                   allow_abbrev=False)
-    explain.add_argument("spec", metavar="SPEC")
+    explain.add_argument("spec", metavar="SPEC", help="an aggregation spec")
     explain.set_defaults(run=command_explain)
 
     events = commands.add_parser("events", help="list event types and their arguments", allow_abbrev=False)
-    events.add_argument("names", nargs="*", metavar="NAME")
+    events.add_argument("names", nargs="*", metavar="NAME", help="an event type (default: all)")
+    events.add_argument("--format", choices=tuple(EVENT_FORMATS), default="text", help="default %(default)s")
     events.set_defaults(run=command_events)
+
+    schema = commands.add_parser("schema", help="print the JSON Schema of a spec, for editors", allow_abbrev=False)
+    schema.set_defaults(run=command_schema)
+
+    completion = commands.add_parser("completion", help="print a shell's completion script", allow_abbrev=False)
+    completion.add_argument("shell", choices=tuple(COMPLETIONS), help="which shell")
+    completion.set_defaults(run=command_completion)
+
+    man = commands.add_parser("man", help="print the manual page (roff)", allow_abbrev=False)
+    man.set_defaults(run=command_man)
     return parser
 
 
