@@ -1369,6 +1369,290 @@ class TestGrpcChannel:
         assert aggregator.summary()["balanced"]
 
 
+class OtlpServer:
+    """An OpenTelemetry Collector's receiver, made from opentelemetry-proto's own service definitions.
+
+    `answers` maps a signal to what its first requests are answered with: a status code, (code, seconds of a RetryInfo),
+    or (number rejected, message) of a partial success.
+    """
+
+    def __init__(self, **answers):
+        self.answers = {signal: list(values) for signal, values in answers.items()}
+        self.requests = {"metrics": [], "logs": []}  # signal -> (time, request), whatever the answer was
+        self.accepted = {"metrics": [], "logs": []}
+        self.server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
+        self.serve("metrics", "rejected_data_points")
+        self.serve("logs", "rejected_log_records")
+        self.port = self.server.add_insecure_port("localhost:0")
+        self.server.start()
+
+    def serve(self, signal, rejected):
+        package = f"opentelemetry.proto.collector.{signal}.v1.{signal}_service_pb2"
+        messages, services = importlib.import_module(package), importlib.import_module(f"{package}_grpc")
+        name = signal.capitalize()
+        response = getattr(messages, f"Export{name}ServiceResponse")
+
+        def export(servicer, request, context):
+            self.requests[signal].append((time.monotonic(), request))
+            answer = self.answers[signal].pop(0) if self.answers.get(signal) else None
+            if isinstance(answer, grpc.StatusCode):
+                context.abort(answer, "not now")
+            if isinstance(answer, tuple) and isinstance(answer[0], grpc.StatusCode):
+                context.set_trailing_metadata((("grpc-status-details-bin", retry_info(answer[1])),))
+                context.abort(answer[0], "not now")
+            self.accepted[signal].append(request)
+            return response(partial_success={rejected: answer[0], "error_message": answer[1]} if answer else None)
+
+        servicer = type(name, (getattr(services, f"{name}ServiceServicer"),), {"Export": export})
+        getattr(services, f"add_{name}ServiceServicer_to_server")(servicer(), self.server)
+
+    @property
+    def metrics(self):
+        """(resource, metric) of what was accepted."""
+        return [(part.resource, metric) for request in self.accepted["metrics"] for part in request.resource_metrics
+                for scope in part.scope_metrics for metric in scope.metrics]
+
+    @property
+    def records(self):
+        return [record for request in self.accepted["logs"] for part in request.resource_logs
+                for scope in part.scope_logs for record in scope.log_records]
+
+    def sums(self):
+        """(filter, metric) -> sum of the points."""
+        found = {}
+        for _, metric in self.metrics:
+            for point in metric.sum.data_points:
+                key = attributes_of(point)["traceleft.filter"], metric.name.rpartition(".")[2]
+                found[key] = found.get(key, 0) + point.as_int
+        return found
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.server.stop(None).wait()
+
+
+def retry_info(seconds):
+    """A google.rpc.Status with a RetryInfo, serialized, by Google's own definitions."""
+    status_pb2, details = importlib.import_module("google.rpc.status_pb2"), importlib.import_module("google.rpc.error_details_pb2")
+    info = details.RetryInfo()
+    info.retry_delay.FromNanoseconds(int(seconds * 1e9))
+    status = status_pb2.Status(code=14)
+    status.details.add().Pack(info)
+    return status.SerializeToString()
+
+
+def attributes_of(message):
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in message.attributes}
+
+
+def otlp_spec(port, **more):
+    spec = grpc_spec(port, **more)
+    spec["channels"][0]["format"] = "otlp"
+    return spec
+
+
+class TestOtlp:
+    def run_seconds(self, port, seconds, event=None, **more):
+        aggregator = Aggregator(otlp_spec(port, **more), insecure=True)
+        for second in range(1, seconds + 1):
+            for _ in range(3):
+                aggregator.add(event or an_open())
+            aggregator.tick(float(second))
+        return aggregator
+
+    def test_counts_are_delta_sums_and_samples_log_records(self):
+        event = an_open(filename="/tmp/\udcff", ret=-2, pid=7, tid=8, ppid=9, uid=10, gid=11, euid=14, comm="c", exe="/e",
+                        cgroup="/docker/" + "a" * 64, path="/tmp/x", timestamp_ns=13, netns=16)
+        with OtlpServer() as server:
+            aggregator = Aggregator(otlp_spec(server.port, parameters="frequency=2"), insecure=True)
+            for second in range(1, 5):
+                for _ in range(3):
+                    aggregator.add(event)
+                aggregator.tick(float(second))
+            aggregator.close()
+        account = aggregator.accounts["open-0"]
+        assert (account.matched, account.passed, account.delivered) == (12, 6, 6) and aggregator.summary()["balanced"]
+        assert server.sums() == {("open-0", "matched"): 12, ("open-0", "passed"): 6, ("open-0", "lost"): 0}
+        (resource, metric), = [pair for pair in server.metrics if pair[1].name == "traceleft.events.passed"][:1]
+        assert (metric.unit, metric.sum.is_monotonic, metric.sum.aggregation_temporality) == ("{event}", True, 1)
+        points = [point for _, metric in server.metrics if metric.name.endswith("passed") for point in metric.sum.data_points]
+        assert [point.time_unix_nano for point in points] == [second * 10**9 for second in range(1, 5)]
+        assert all(a.time_unix_nano == b.start_time_unix_nano for a, b in zip(points, points[1:]))  # no gap, no overlap
+        assert attributes_of(points[0]) == {"traceleft.filter": "open-0", "traceleft.event": "open", "traceleft.stream": "s",
+                                            "traceleft.group": "g"}
+        about = attributes_of(resource)
+        assert (about["service.name"], about["host.name"], about["os.type"]) == ("traceleft", socket.gethostname(), "linux")
+        assert about["host.arch"] in ("amd64", "arm64") and about["service.instance.id"]
+        assert len(server.records) == 4
+        record = server.records[0]
+        assert (record.time_unix_nano, record.observed_time_unix_nano, record.severity_number) == (13, 10**9, 9)
+        assert record.body.string_value == traceleft.format_event(event)
+        expected = {"process.pid": 7, "process.parent_pid": 9, "process.real_user.id": 10, "process.user.id": 14,
+                    "process.executable.path": "/e", "process.linux.cgroup": "0::/docker/" + "a" * 64, "thread.id": 8,
+                    "thread.name": "c", "container.id": "a" * 64, "file.path": "/tmp/x", "error.type": "ENOENT",
+                    "traceleft.ret": -2, "traceleft.gid": 11, "traceleft.netns": 16, "traceleft.count": 1,
+                    "traceleft.hash": str(event.hash), "traceleft.filter": "open-0", "traceleft.group": "g",
+                    "traceleft.args.filename": "/tmp/\\udcff", "traceleft.args.flags": 577, "traceleft.args.mode": 438}
+        found = attributes_of(record)
+        assert {name: found.get(name) for name in expected} == expected
+
+    @pytest.mark.parametrize("event", [event for event, _ in TestWire.EVENTS], ids=lambda event: event.name)
+    def test_every_event_type(self, event):
+        attributes = traceleft.sample_attributes(event)
+        if event.type.is_tcp:
+            assert (attributes["source.port"], attributes["destination.port"], attributes["network.transport"]) == (5, 6, "tcp")
+            assert attributes["network.type"] == f"ip{event.name[-2:]}" and ":" in attributes["source.address"] * (
+                event.name.endswith("v6")) or attributes["source.address"] == "127.0.0.1"
+        else:
+            given = {f"traceleft.args.{name}": value for name, value in event.named_args.items()}
+            assert given.items() <= attributes.items() | {pair for pair in given.items() if pair[1] == ""}
+
+    def test_a_seconds_alerts_are_one_request_with_one_resource(self):
+        with OtlpServer() as server:
+            spec = otlp_spec(server.port)
+            spec["events"] += [{**spec["events"][0], "name": name} for name in ("close", "mkdir")]
+            aggregator = Aggregator(spec, insecure=True)
+            for event in (an_open(), make_event("close", 1), make_event("mkdir", "d", 0o700)):
+                aggregator.add(event)
+            aggregator.tick(1.0)
+            wait_until(lambda: server.records, "log records")
+            aggregator.close()
+        assert [len(server.accepted[signal]) for signal in ("metrics", "logs")] == [1, 1]
+        (request,) = server.accepted["metrics"]
+        assert [[len(metric.sum.data_points) for metric in scope.metrics] for part in request.resource_metrics
+                for scope in part.scope_metrics] == [[3, 3, 3]]
+        assert {attributes_of(record)["traceleft.event"] for record in server.records} == {"open", "close", "mkdir"}
+
+    RETRYABLE = ("CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS")
+
+    @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name != "OK"], ids=lambda code: code.name)
+    def test_which_codes_are_retried(self, code, capsys):
+        """The table of the OTLP specification."""
+        with OtlpServer(metrics=[code]) as server:
+            aggregator = self.run_seconds(server.port, 1)
+            wait_until(lambda: aggregator.accounts["open-0"].balanced, "an answer that settles")
+            aggregator.close()
+        retried = code.name in self.RETRYABLE
+        assert len(server.requests["metrics"]) == (2 if retried else 1)
+        assert aggregator.accounts["open-0"].lost == ({} if retried else {"rejected": 3})
+        assert len(server.records) == 1  # the sample is answered for itself
+        assert ("sent again" in capsys.readouterr().err) and aggregator.summary()["balanced"]
+
+    @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+    def test_retry_info_is_waited_for(self, code):
+        with OtlpServer(metrics=[(code, 0.7)]) as server:
+            aggregator = self.run_seconds(server.port, 1)
+            wait_until(lambda: server.accepted["metrics"], "the second request")
+            aggregator.close()
+        (first, _), (second, _) = server.requests["metrics"]
+        assert second - first >= 0.7
+        assert aggregator.accounts["open-0"].delivered == 3 and server.sums()["open-0", "passed"] == 3
+
+    def test_a_long_retry_info_does_not_hold_up_the_end(self, monkeypatch):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
+        with OtlpServer(metrics=[(grpc.StatusCode.UNAVAILABLE, 3600)]) as server:
+            aggregator = self.run_seconds(server.port, 1)
+            wait_until(lambda: server.requests["metrics"], "a request")
+            begin = time.monotonic()
+            aggregator.close()
+            assert time.monotonic() - begin < 2.0
+        assert len(server.requests["metrics"]) == 1  # the server asked not to
+        assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 3}
+
+    def test_logs_that_fail_do_not_double_metrics(self):
+        with OtlpServer(logs=[grpc.StatusCode.UNAVAILABLE] * 3) as server:
+            aggregator = self.run_seconds(server.port, 2)
+            wait_until(lambda: len(server.records) == 2, "both samples")
+            aggregator.close()
+        assert server.sums() == {("open-0", "matched"): 6, ("open-0", "passed"): 6, ("open-0", "lost"): 0}
+        assert aggregator.accounts["open-0"].delivered == 6
+
+    def test_what_is_rejected_in_part_is_not_sent_again(self, capsys):
+        with OtlpServer(metrics=[(2, "too old")], logs=[(1, "too long")]) as server:
+            aggregator = self.run_seconds(server.port, 1)
+            wait_until(lambda: aggregator.accounts["open-0"].balanced, "an answer")
+            aggregator.close()
+        assert [len(server.requests[signal]) for signal in ("metrics", "logs")] == [1, 1]
+        assert aggregator.accounts["open-0"].lost == {"rejected": 3}
+        err = capsys.readouterr().err
+        assert f"localhost:{server.port} (metrics): 2 data points were rejected: too old" in err
+        assert f"localhost:{server.port}: samples lost, their counts being accounted for apart: 1 rejected" in err
+
+    def test_a_warning_is_shown_and_loses_nothing(self, capsys):
+        with OtlpServer(metrics=[(0, "you send\nmuch")]) as server:
+            aggregator = self.run_seconds(server.port, 1)
+            aggregator.close()
+        assert aggregator.accounts["open-0"].delivered == 3 and len(server.requests["metrics"]) == 1
+        assert "(metrics): you send\\nmuch" in capsys.readouterr().err
+
+    def test_requests_stay_below_a_collectors_limit(self):
+        """4 MiB, which the server has as grpc's default."""
+        with OtlpServer() as server:
+            aggregator = self.run_seconds(server.port, 500, an_open(filename="/" + "x" * 4000, path="/" + "x" * 4000))
+            aggregator.close()
+        assert len(server.records) == 500 and aggregator.accounts["open-0"].delivered == 1500
+        assert len(server.accepted["logs"]) > 1
+
+    def test_without_opentelemetry_proto(self, monkeypatch):
+        monkeypatch.setattr(traceleft, "OTLP_PROTO", "opentelemetry.absent")
+        with pytest.raises(traceleft.HostError) as caught:
+            Aggregator(otlp_spec(1), insecure=True)
+        assert caught.value.exit_code == 3 and len(caught.value.errors) == 1
+        assert "pip install opentelemetry-proto" in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("channel, formats, spoken", [
+        ("otlp", ["collector_spec_pb", "otlp"], "otlp"),
+        (None, ["otlp", "otlp"], "otlp"),
+        (None, ["collector_spec_pb"], "collector_spec_pb"),
+        ("collector_spec_pb", ["collector_spec_pb"], "collector_spec_pb"),
+        (None, ["otlp", "collector_spec_pb"], "events[1].output.format: channel '1' speaks otlp already, and not collector_spec_pb"),
+        ("collector_spec_pb", ["otlp"], "events[0].output.format: channel '1' speaks collector_spec_pb already"),
+        ("oltp", ["otlp"], "channels[0].format: unknown format for a grpc channel 'oltp' (did you mean 'otlp'?)"),
+    ])
+    def test_a_channel_speaks_one_format(self, channel, formats, spoken):
+        value = grpc_spec(1)
+        if channel:
+            value["channels"][0]["format"] = channel
+        value["events"] = [{**value["events"][0], "output": {"metrics": "alerts_per_sec", "format": name}} for name in formats]
+        if spoken in traceleft.FORMATS["grpc"]:
+            spec = parse_spec(value)
+            assert {member.format for member in spec.filters} | {spec.channels[0].format} == {spoken}
+        else:
+            (error,) = errors_of(value)
+            assert error.startswith(spoken)
+
+    def test_a_file_channel_has_no_format_of_its_own(self):
+        (error,) = errors_of(a_spec(channel={"id": "1", "type": "file", "path": "/x", "format": "json"}))
+        assert error.startswith("channels[0].format: a file channel has none of its own")
+
+
+@pytest.mark.usefixtures("programs")
+class TestOtlpLive:
+    pytestmark = live
+
+    def test_the_kernels_counts_arrive(self, programs, tmp_path):
+        path = tmp_path / "file"
+        with OtlpServer() as server:
+            spec = write_spec(tmp_path / "spec", otlp_spec(server.port, rule=f"filename == '{path}'", parameters="frequency=10"))
+            with Agent("trace", "--collector-insecure", "--spec", spec, "--summary", "-") as agent:
+                subprocess.run([programs["opens"], path, "1000"], check=True)
+                wait_until(lambda: server.records, "a sample")
+                code, output = agent.stop()
+        (row,) = json.loads(output)["filters"]
+        assert (code, row["matched"], row["passed"], row["lost"]) == (0, 1000, 100, {})
+        assert server.sums() == {("open-0", "matched"): 1000, ("open-0", "passed"): 100, ("open-0", "lost"): 0}
+        assert attributes_of(server.records[0])["traceleft.args.filename"] == str(path)
+
+    def test_without_opentelemetry_proto(self, tmp_path):
+        (tmp_path / "opentelemetry").mkdir()
+        (tmp_path / "opentelemetry/__init__.py").write_text("raise ImportError('not\\ninstalled')")
+        done = run("trace", "--spec", write_spec(tmp_path / "spec", otlp_spec(1)), env={"PYTHONPATH": str(tmp_path)})
+        assert_one_line(done, 3, "pip install opentelemetry-proto")
+        assert len(done.stderr.splitlines()) == 1
+
+
 @functools.cache
 def object_btf():
     """The structs and sections in the object's BTF by name."""

@@ -1748,7 +1748,7 @@ OUTPUTS: Dict[str, Type[AlertsPerSec]] = {function.name: function for function i
 # ======================================================================================================================
 
 MAX_FILTERS = 1024
-FORMATS = {"file": ("collector_spec_pb", "text", "json"), "grpc": ("collector_spec_pb",)}
+FORMATS = {"file": ("collector_spec_pb", "text", "json"), "grpc": ("collector_spec_pb", "otlp")}
 
 
 @dataclass(frozen=True)
@@ -1758,6 +1758,7 @@ class ChannelSpec:
     id: str
     type: str  # key of FORMATS
     path: str
+    format: str = ""  # of a grpc channel: what it speaks, one of FORMATS["grpc"]
 
 
 @dataclass(frozen=True)
@@ -1870,9 +1871,11 @@ class SpecParser:
             self.error("events", f"{len(events)} filters are too many (at most {MAX_FILTERS})")
         filters = [self.filter(item, i, known, len(known) == len(channels)) for i, item in enumerate(events)]
         self.unique("events", [member.id if member else None for member in filters])
+        spoken = self.spoken_formats(known, filters)
         if self.errors:
             raise SpecError(*self.errors)
-        spec = Spec(tuple(c for c in channels if c), tuple(f for f in filters if f))
+        spec = Spec(tuple(replace(c, format=spoken.get(c.id, c.format)) for c in channels if c),
+                    tuple(replace(f, format=spoken.get(f.channel, f.format)) for f in filters if f))
         unused = set(known) - {channel.id for channel in spec.used_channels}
         self.warnings += [f"channel '{escape(name)}' is used by no filter and is not opened" for name in known
                           if name in unused]
@@ -1925,7 +1928,7 @@ class SpecParser:
                 self.error(f"{path}[{index}].id", f"'{escape(name)}' is already the id of {path}[{first[name]}]")
 
     def channel(self, value: Any, path: str) -> Optional[ChannelSpec]:
-        members = self.object(value, path, {"id": str, "type": str, "path": str}, {})
+        members = self.object(value, path, {"id": str, "type": str, "path": str}, {"format": str})
         kind = self.known(f"{path}.type", "channel type", members.get("type"), FORMATS)
         if members.get("id") == "":
             self.error(f"{path}.id", "expected a text that is not empty")
@@ -1936,9 +1939,13 @@ class SpecParser:
                 parse_address(members["path"])
             except ValueError as error:
                 self.error(f"{path}.path", str(error))
+        if kind == "file" and "format" in members:
+            self.error(f"{path}.format", "a file channel has none of its own: it stands in events[].output.format")
+        spoken = self.known(f"{path}.format", "format for a grpc channel", members.get("format"), FORMATS["grpc"]) \
+            if kind == "grpc" else None
         if not members.get("id") or not kind or not members.get("path"):
             return None
-        return ChannelSpec(members["id"], kind, members["path"])
+        return ChannelSpec(members["id"], kind, members["path"], spoken or "")
 
     def filter(self, value: Any, index: int, channels: Dict[str, ChannelSpec], all_known: bool) -> Optional[Filter]:
         path, before = f"events[{index}]", len(self.errors)
@@ -1960,6 +1967,20 @@ class SpecParser:
         return Filter(members.get("id", f"{event_type.name}-{index}"), event_type.name, channel,
                       members.get("stream", ""), members.get("group", ""), members.get("rule", ""), rule,
                       function[0], function[1], output[0], output[1])
+
+    def spoken_formats(self, channels: Mapping[str, ChannelSpec], filters: Sequence[Optional[Filter]]
+                       ) -> Dict[str, str]:
+        """Grpc channel id -> the one format that it speaks: its own `format`, or else that of its filters."""
+        spoken = {channel.id: channel.format for channel in channels.values() if channel.format}
+        for index, member in enumerate(filters):
+            channel = channels.get(member.channel) if member else None
+            if member is None or channel is None or channel.type != "grpc":
+                continue
+            format_name = spoken.setdefault(channel.id, member.format)
+            if member.format not in (format_name, "collector_spec_pb" if channel.format else format_name):
+                self.error(f"events[{index}].output.format", f"channel '{escape(channel.id)}' speaks {format_name} "
+                           f"already, and not {member.format}: a grpc channel has one format")
+        return spoken
 
     def event_type(self, name: Optional[str], path: str) -> Optional[EventType]:
         try:
@@ -2834,13 +2855,19 @@ def import_optional(module: str) -> Any:
 
 
 def build_wire() -> Dict[str, Any]:
+    """Message name -> class, of the contract. Raises HostError without protobuf."""
+    return build_messages("metric_collector.proto", WIRE_PACKAGE, wire_messages(), "MetricCollector")
+
+
+def build_messages(file_name: str, package: str, messages: Mapping[str, Tuple[WireField, ...]],
+                   service_name: str = "") -> Dict[str, Any]:
     """Message name -> class. Works with any protobuf since 3.12. Raises HostError without protobuf."""
     descriptor_pb2 = import_optional("google.protobuf.descriptor_pb2")
     descriptor_pool = import_optional("google.protobuf.descriptor_pool")
     message_factory = import_optional("google.protobuf.message_factory")
-    file = descriptor_pb2.FileDescriptorProto(name="metric_collector.proto", package=WIRE_PACKAGE, syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(name=file_name, package=package, syntax="proto3")
     field_type = descriptor_pb2.FieldDescriptorProto
-    for message, fields in wire_messages().items():
+    for message, fields in messages.items():
         described = file.message_type.add(name=message)
         for name, number, kind in fields:
             repeated, kind = kind.startswith("repeated "), kind.rpartition(" ")[2]
@@ -2848,17 +2875,17 @@ def build_wire() -> Dict[str, Any]:
             described.field.add(name=name, number=number,
                                 label=field_type.LABEL_REPEATED if repeated else field_type.LABEL_OPTIONAL,
                                 type=field_type.Type.Value(f"TYPE_{kind.upper()}" if scalar else "TYPE_MESSAGE"),
-                                type_name=None if scalar else f".{WIRE_PACKAGE}.{kind}")
-    service = file.service.add(name="MetricCollector")
-    service.method.add(name="Process", input_type=f".{WIRE_PACKAGE}.Metric", output_type=f".{WIRE_PACKAGE}.Empty",
-                       client_streaming=True)
+                                type_name=None if scalar else f".{package}.{kind}")
+    if service_name:
+        file.service.add(name=service_name).method.add(
+            name="Process", input_type=f".{package}.Metric", output_type=f".{package}.Empty", client_streaming=True)
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file) if not hasattr(pool, "AddSerializedFile") else pool.AddSerializedFile(file.SerializeToString())
     if hasattr(message_factory, "GetMessageClass"):
         get_class = message_factory.GetMessageClass
     else:  # before protobuf 4.22
         get_class = message_factory.MessageFactory(pool).GetPrototype
-    return {name: get_class(pool.FindMessageTypeByName(f"{WIRE_PACKAGE}.{name}")) for name in wire_messages()}
+    return {name: get_class(pool.FindMessageTypeByName(f"{package}.{name}")) for name in messages}
 
 
 INT_RANGES = {"int64": (64, True), "uint64": (64, False), "uint32": (32, False)}
@@ -2948,8 +2975,11 @@ def system_roots() -> bytes:
 class GrpcChannel(Channel):
     """Queues alerts and sends them in short streams; what a collector does not acknowledge is sent again."""
 
+    noun: ClassVar[str] = "alerts"  # in messages: what is in the queue
+
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
         super().__init__(spec, accounts)
+        self.name = spec.path  # in messages
         self.insecure = insecure
         self.queue: Deque[Tuple[Account, int, bytes]] = collections.deque()  # account, count, serialized Metric
         self.queue_bytes = 0
@@ -2971,26 +3001,54 @@ class GrpcChannel(Channel):
 
     def open(self) -> None:
         self.grpc = import_optional("grpc")
-        self.wire = build_wire()
         options = [("grpc.enable_http_proxy", 0)]
         if self.insecure:
             self.connection = self.grpc.insecure_channel(self.spec.path, options)
         else:
             credentials = self.grpc.ssl_channel_credentials(root_certificates=system_roots())
             self.connection = self.grpc.secure_channel(self.spec.path, credentials, options)
+        self.prepare()
+        self.thread.start()
+
+    # What the protocol consists of: another one overrides these
+
+    def prepare(self) -> None:
+        """Readies messages and rpc; the connection is there."""
+        self.wire = build_wire()
         self.process = self.connection.stream_unary(WIRE_METHOD, request_serializer=bytes,
                                                     response_deserializer=self.wire["Empty"].FromString)
-        self.thread.start()
+
+    def encode(self, alert: Alert) -> bytes:
+        """What is queued of an alert; empty when there is nothing to send."""
+        self.sequence += 1
+        return encode_metric(self.wire, alert, self.agent, self.sequence)
+
+    def worth(self, alert: Alert) -> int:
+        """What is settled with an alert."""
+        return alert.count
+
+    def take_batch(self) -> List[Tuple[Account, int, bytes]]:
+        """The begin of the queue that is sent at once."""
+        return list(itertools.islice(self.queue, MAX_STREAM_ALERTS))
+
+    def begin_call(self, batch: List[bytes], timeout: float) -> Any:
+        """Sends; returns the future of the answer."""
+        return self.process.future(iter(batch), timeout=timeout)
+
+    def settle(self, account: Account, count: int) -> None:
+        """An alert that has been answered."""
+        account.deliver(count)
 
     def send(self, alert: Alert) -> None:
         account = self.accounts[alert.filter.id]
-        self.sequence += 1
-        data = encode_metric(self.wire, alert, self.agent, self.sequence)
+        data = self.encode(alert)
+        if not data:
+            return
         with self.changed:
             if self.queue_bytes + len(data) > MAX_QUEUE_BYTES:
-                account.lose("queue_full", alert.count)
+                account.lose("queue_full", self.worth(alert))
                 return
-            self.queue.append((account, alert.count, data))
+            self.queue.append((account, self.worth(alert), data))
             self.queue_bytes += len(data)
 
     def flush(self) -> None:
@@ -3010,7 +3068,7 @@ class GrpcChannel(Channel):
                         return
                     self.flushed = False
                     continue
-                batch = list(itertools.islice(self.queue, MAX_STREAM_ALERTS))
+                batch = self.take_batch()
             problem = self.send_stream([data for _, _, data in batch])
             if problem is None:
                 self.acknowledged(batch)
@@ -3028,7 +3086,7 @@ class GrpcChannel(Channel):
     def send_stream(self, batch: List[bytes]) -> Optional[str]:
         """One stream, until its acknowledgement. Returns None, or why there was none."""
         try:
-            self.call = self.process.future(iter(batch), timeout=max(min(ACK_TIMEOUT, self.remaining()), 0.01))
+            self.call = self.begin_call(batch, max(min(ACK_TIMEOUT, self.remaining()), 0.01))
             self.call.result()
         except self.grpc.FutureCancelledError:
             return "no answer in time"
@@ -3041,18 +3099,18 @@ class GrpcChannel(Channel):
             for account, count, data in batch:
                 self.queue.popleft()
                 self.queue_bytes -= len(data)
-                account.deliver(count)
+                self.settle(account, count)
             if not self.queue:
                 self.flushed = False
         if self.failing:
-            say(f"{escape(self.spec.path)} acknowledges again")
+            say(f"{escape(self.name)} acknowledges again")
         self.failing = False
 
     def report(self, problem: str) -> None:
         if not self.failing:
             hint = "" if self.insecure or "SSL" not in problem else \
                 "; --collector-insecure is for a collector without TLS"
-            say(f"{escape(self.spec.path)}: {escape(problem)}; alerts are kept and sent again{hint}")
+            say(f"{escape(self.name)}: {escape(problem)}; {self.noun} are kept and sent again{hint}")
         self.failing = True
 
     def begin_close(self) -> None:
@@ -3069,13 +3127,329 @@ class GrpcChannel(Channel):
         for account, count, _ in self.queue:
             account.lose("not_acknowledged", count)
         if self.queue:
-            say(f"{escape(self.spec.path)}: {len(self.queue)} alerts were not acknowledged and are lost")
+            say(f"{escape(self.name)}: {len(self.queue)} {self.noun} were not acknowledged and are lost")
             self.queue.clear()
         self.connection.close()
 
 
+# ======================================================================================================================
+# OpenTelemetry: a grpc channel of format otlp speaks OTLP/gRPC to any OpenTelemetry Collector
+# ======================================================================================================================
+
+OTLP_PROTO = "opentelemetry.proto"
+OTLP_SCHEMA = "https://opentelemetry.io/schemas/1.37.0"  # the semantic conventions that name the attributes below
+MAX_REQUEST_BYTES = 3 << 20  # a collector takes 4 MiB, and refuses for good what is larger
+RETRYABLE_CODES = frozenset(("CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"))
+HOST_ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
+STATUS_DETAILS = "grpc-status-details-bin"
+RPC_MESSAGES: Dict[str, Tuple[WireField, ...]] = {  # google/rpc/status.proto, google/rpc/error_details.proto
+    "Any": (("type_url", 1, "string"), ("value", 2, "bytes")),
+    "Status": (("code", 1, "int32"), ("message", 2, "string"), ("details", 3, "repeated Any")),
+    "Duration": (("seconds", 1, "int64"), ("nanos", 2, "int32")),
+    "RetryInfo": (("retry_delay", 1, "Duration"),),
+}
+Attributes = Dict[str, Union[str, int]]
+
+SAMPLE_ATTRIBUTES: Tuple[Tuple[str, Callable[[Event], Union[str, int]]], ...] = (
+    ("process.pid", lambda event: event.pid), ("process.parent_pid", lambda event: event.ppid),
+    ("process.real_user.id", lambda event: event.uid), ("process.user.id", lambda event: event.euid),
+    ("process.executable.path", lambda event: event.exe),
+    ("process.linux.cgroup", lambda event: event.cgroup and f"0::{event.cgroup}"),  # as in /proc/PID/cgroup
+    ("thread.id", lambda event: event.tid), ("thread.name", lambda event: event.comm),
+    ("container.id", lambda event: event.container), ("file.path", lambda event: event.path),
+    ("error.type", lambda event: errno.errorcode.get(-event.ret, "") if event.ret < 0 else ""),
+    # what the conventions have no name for
+    ("traceleft.ret", lambda event: event.ret), ("traceleft.gid", lambda event: event.gid),
+    ("traceleft.program_id", lambda event: event.program_id), ("traceleft.hash", lambda event: str(event.hash)),
+    ("traceleft.flags", lambda event: event.flags), ("traceleft.mntns", lambda event: event.mntns),
+    ("traceleft.netns", lambda event: event.netns), ("traceleft.pidns", lambda event: event.pidns),
+)
+CONNECTION_ATTRIBUTES = {"saddr": "source.address", "sport": "source.port", "daddr": "destination.address",
+                         "dport": "destination.port", "netns": "traceleft.netns"}
+
+
+def sample_attributes(event: Event) -> Attributes:
+    """The attributes of a sample's log record; texts that are empty are not known and left out."""
+    found: Attributes = {name: get(event) for name, get in SAMPLE_ATTRIBUTES}
+    named = event.named_args
+    if event.type.is_tcp:
+        found.update({CONNECTION_ATTRIBUTES[name]: value for name, value in named.items()})
+        found.update({"network.transport": "tcp", "network.type": f"ip{event.name.rpartition('_')[2]}"})
+    else:
+        found.update({f"traceleft.args.{name}": value for name, value in named.items()})
+    found.update({f"traceleft.files.{event.type.arguments[index].name}": path
+                  for index, path in zip(event.type.descriptors, event.files)})
+    return {name: value for name, value in found.items() if value != ""}
+
+
+def filter_attributes(member: Filter) -> Attributes:
+    """The attributes that tell a filter's data points and log records from others'."""
+    found: Attributes = {"traceleft.filter": member.id, "traceleft.event": member.event,
+                         "traceleft.stream": member.stream, "traceleft.group": member.group}
+    return {name: value for name, value in found.items() if value}
+
+
+def resource_attributes(instance: str) -> Attributes:
+    """The attributes of this host and this run."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+    found: Attributes = {
+        "service.name": "traceleft", "service.version": VERSION, "service.instance.id": instance,
+        "host.name": HOSTNAME, "host.id": machine, "host.arch": HOST_ARCHES.get(platform.machine(), ""),
+        "os.type": "linux", "os.version": platform.release()}
+    return {name: value for name, value in found.items() if value}
+
+
+def import_otlp(module: str) -> Any:
+    """A module of opentelemetry-proto. Raises HostError without it, or when it does not go with this protobuf."""
+    import_optional("google.protobuf")
+    try:
+        return importlib.import_module(f"{OTLP_PROTO}.{module}")
+    except Exception as error:  # generated code: a protobuf that is too old shows as one of many types
+        raise HostError("a grpc channel of format otlp needs the Python package opentelemetry-proto "
+                        f"({escape(str(error)).splitlines()[0]}): pip install opentelemetry-proto") from None
+
+
+class OtlpSignal(GrpcChannel):
+    """Metrics or logs of an OTLP channel: each has a queue and a thread, since each is answered for itself."""
+
+    signal: ClassVar[str]           # as in the names of packages and files
+    service: ClassVar[str]          # of collector/SIGNAL/v1
+    rejected_field: ClassVar[str]   # in the answer's partial_success
+    items: ClassVar[str]            # what that counts
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool, instance: str) -> None:
+        super().__init__(spec, accounts, insecure)
+        self.name = f"{spec.path} ({self.signal})"
+        self.instance = instance  # of this run, in the resource: both signals have the same
+        self.refusal = ""      # why the server refused the latest request for good, or a part of it
+        self.refusing = False  # it has been said
+
+    def problem(self) -> Optional[str]:
+        problem = super().problem()
+        import_otlp(f"collector.{self.signal}.v1.{self.signal}_service_pb2")
+        return problem
+
+    def prepare(self) -> None:
+        service = import_otlp(f"collector.{self.signal}.v1.{self.signal}_service_pb2")
+        self.common = import_otlp("common.v1.common_pb2")
+        self.messages = import_otlp(f"{self.signal}.v1.{self.signal}_pb2")
+        self.rpc = build_messages("status.proto", "traceleft.rpc", RPC_MESSAGES)
+        self.request = getattr(service, f"Export{self.service}Request")
+        self.process = self.connection.unary_unary(
+            f"/{OTLP_PROTO}.collector.{self.signal}.v1.{self.service}/Export",
+            request_serializer=self.request.SerializeToString,
+            response_deserializer=getattr(service, f"Export{self.service}Response").FromString)
+        resource = import_otlp("resource.v1.resource_pb2").Resource
+        self.resource = resource(attributes=self.attributes(resource_attributes(self.instance)))
+        self.scope = self.common.InstrumentationScope(name="traceleft", version=VERSION)
+
+    def attributes(self, values: Attributes) -> List[Any]:
+        """KeyValues; bytes that are no UTF-8 appear as \\udc80 to \\udcff, as in the format json."""
+        any_value = self.common.AnyValue
+        return [self.common.KeyValue(key=key, value=any_value(string_value=wire_text(value)) if isinstance(value, str)
+                                     else any_value(int_value=wrap_int(value, "int64")))
+                for key, value in values.items()]
+
+    def take_batch(self) -> List[Tuple[Account, int, bytes]]:
+        batch = super().take_batch()
+        sizes = itertools.accumulate(len(data) for _, _, data in batch)
+        return batch[:max(sum(size <= MAX_REQUEST_BYTES for size in sizes), 1)]
+
+    def begin_call(self, batch: List[bytes], timeout: float) -> Any:
+        return self.process.future(self.merge(self.request.FromString(b"".join(batch))), timeout=timeout)
+
+    def merge(self, request: Any) -> Any:
+        """A request of many alerts, each with a resource of its own, with what they share said once."""
+        raise NotImplementedError
+
+    def send_stream(self, batch: List[bytes]) -> Optional[str]:
+        """One request. Returns why it is to be sent again; a refusal is an answer, and stands in `refusal`."""
+        self.refusal = ""
+        try:
+            self.call = self.begin_call(batch, max(min(ACK_TIMEOUT, self.remaining()), 0.01))
+            self.check_partial(self.call.result().partial_success)
+        except self.grpc.FutureCancelledError:
+            return "no answer in time"
+        except self.grpc.RpcError as error:
+            problem, delay = f"{error.code().name}: {error.details()}", self.retry_delay(error)
+            if error.code().name not in RETRYABLE_CODES and not (error.code().name == "RESOURCE_EXHAUSTED" and delay):
+                self.refuse(f"{problem}; nothing of it is sent again")
+                return None
+            self.hold_back(delay)
+            return problem
+        if self.refusing and not self.refusal:
+            say(f"{escape(self.name)} accepts again")
+            self.refusing = False
+        return None
+
+    def check_partial(self, partial: Any) -> None:
+        """A part that was rejected must not be sent again; the server does not say which part it was."""
+        rejected, message = getattr(partial, self.rejected_field), escape(partial.error_message)
+        if rejected:
+            self.refuse(f"{rejected} {self.items} were rejected: {message}; it does not say which, "
+                        "so the whole request counts as lost")
+        elif message and not self.refusing:
+            say(f"warning: {escape(self.name)}: {message}")
+
+    def refuse(self, why: str) -> None:
+        self.refusal = why
+        if not self.refusing:
+            say(f"{escape(self.name)}: {escape(why)}")
+        self.refusing = True
+
+    def settle(self, account: Account, count: int) -> None:
+        if self.refusal:
+            account.lose("rejected", count)
+        else:
+            account.deliver(count)
+
+    def retry_delay(self, error: Any) -> float:
+        """The seconds that the server asks to wait, by a RetryInfo in its status' details; 0 when it does not."""
+        for key, value in error.trailing_metadata() or ():
+            if key == STATUS_DETAILS:
+                with contextlib.suppress(Exception):  # what cannot be decoded asks for nothing
+                    for detail in self.rpc["Status"].FromString(value).details:
+                        if detail.type_url.endswith("/google.rpc.RetryInfo"):
+                            delay = self.rpc["RetryInfo"].FromString(detail.value).retry_delay
+                            return max(float(delay.seconds + delay.nanos / 1e9), 0.0)
+        return 0.0
+
+    def hold_back(self, delay: float) -> None:
+        """Waits as the server asked, at most until the end of the run is over."""
+        end = time.monotonic() + delay
+        with self.changed:
+            while min(end - time.monotonic(), self.remaining()) > 0:
+                self.changed.wait(min(end - time.monotonic(), self.remaining()))
+
+
+class OtlpMetrics(OtlpSignal):
+    """Counts as delta sums. The sums of a filter's points are its totals up to the latest alert."""
+
+    signal, service, rejected_field, items = "metrics", "MetricsService", "rejected_data_points", "data points"
+    METRICS = (
+        ("traceleft.events.matched", "Events that matched the filter's rule."),
+        ("traceleft.events.passed", "Events that the processing function let through."),
+        ("traceleft.events.lost", "Passed events that were lost on the way to a collector."),
+    )
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.since: Dict[str, Tuple[float, int]] = {}  # filter -> time and matched of its latest point
+        self.begin = time.time()
+
+    def encode(self, alert: Alert) -> bytes:
+        matched = self.accounts[alert.filter.id].matched
+        begin, before = self.since.get(alert.filter.id, (max(min(self.begin, alert.time - 1), 0.0), 0))
+        self.since[alert.filter.id] = alert.time, matched
+        attributes = self.attributes(filter_attributes(alert.filter))
+        metrics = [self.messages.Metric(name=name, description=description, unit="{event}", sum=self.messages.Sum(
+            aggregation_temporality=self.messages.AGGREGATION_TEMPORALITY_DELTA, is_monotonic=True,
+            data_points=[self.messages.NumberDataPoint(
+                attributes=attributes, as_int=value, start_time_unix_nano=int(begin * 1e9),
+                time_unix_nano=int(alert.time * 1e9))]))
+            for (name, description), value in zip(self.METRICS, (matched - before, alert.count, alert.lost))]
+        scope = self.messages.ScopeMetrics(scope=self.scope, metrics=metrics, schema_url=OTLP_SCHEMA)
+        data: bytes = self.request(resource_metrics=[self.messages.ResourceMetrics(
+            resource=self.resource, scope_metrics=[scope], schema_url=OTLP_SCHEMA)]).SerializeToString()
+        return data
+
+    def merge(self, request: Any) -> Any:
+        merged = self.request()
+        for one in request.resource_metrics:
+            if not merged.resource_metrics or merged.resource_metrics[-1].resource != one.resource:
+                merged.resource_metrics.append(one)
+                continue
+            for metric, more in zip(merged.resource_metrics[-1].scope_metrics[0].metrics, one.scope_metrics[0].metrics):
+                metric.sum.data_points.extend(more.sum.data_points)
+        return merged
+
+
+class OtlpLogs(OtlpSignal):
+    """Samples as log records."""
+
+    noun = "samples"
+    signal, service, rejected_field, items = "logs", "LogsService", "rejected_log_records", "log records"
+
+    def prepare(self) -> None:
+        super().prepare()
+        known = self.messages.LogRecord.DESCRIPTOR.fields_by_name
+        self.event_name = {"event_name": "traceleft.sample"} if "event_name" in known else {}  # since OTLP 1.5
+
+    def encode(self, alert: Alert) -> bytes:
+        if alert.sample is None:
+            return b""
+        attributes = {**filter_attributes(alert.filter), "traceleft.count": alert.count,
+                      **sample_attributes(alert.sample)}
+        record = self.messages.LogRecord(
+            time_unix_nano=alert.sample.timestamp_ns, observed_time_unix_nano=int(alert.time * 1e9),
+            severity_number=self.messages.SEVERITY_NUMBER_INFO, attributes=self.attributes(attributes),
+            body=self.common.AnyValue(string_value=wire_text(format_event(alert.sample))), **self.event_name)
+        scope = self.messages.ScopeLogs(scope=self.scope, log_records=[record], schema_url=OTLP_SCHEMA)
+        data: bytes = self.request(resource_logs=[self.messages.ResourceLogs(
+            resource=self.resource, scope_logs=[scope], schema_url=OTLP_SCHEMA)]).SerializeToString()
+        return data
+
+    def worth(self, alert: Alert) -> int:
+        return 1
+
+    def merge(self, request: Any) -> Any:
+        merged = self.request()
+        for one in request.resource_logs:
+            if not merged.resource_logs or merged.resource_logs[-1].resource != one.resource:
+                merged.resource_logs.append(one)
+            else:
+                merged.resource_logs[-1].scope_logs[0].log_records.extend(one.scope_logs[0].log_records)
+        return merged
+
+
+class OtlpChannel(Channel):
+    """Sends an alert's counts as metrics, whose outcome is the alert's, and its sample as a log record."""
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
+        super().__init__(spec, accounts)
+        self.samples = {name: Account(name, account.event) for name, account in accounts.items()}
+        instance = str(uuid.uuid4())
+        self.parts = (OtlpMetrics(spec, accounts, insecure, instance),
+                      OtlpLogs(spec, self.samples, insecure, instance))
+
+    def problem(self) -> Optional[str]:
+        return next(filter(None, (part.problem() for part in self.parts)), None)
+
+    def open(self) -> None:
+        for part in self.parts:
+            part.open()
+
+    def send(self, alert: Alert) -> None:
+        for part in self.parts:
+            part.send(alert)
+
+    def flush(self) -> None:
+        for part in self.parts:
+            part.flush()
+
+    def begin_close(self) -> None:
+        for part in self.parts:
+            part.begin_close()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+        causes: Dict[str, int] = collections.Counter()
+        for account in self.samples.values():
+            for cause, count in account.lost.items():
+                causes[cause] += count
+        if causes:
+            say(f"{escape(self.spec.path)}: samples lost, their counts being accounted for apart: "
+                + ", ".join(f"{count} {cause}" for cause, count in sorted(causes.items())))
+
+
 def make_channel(spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool) -> Channel:
-    return FileChannel(spec, accounts) if spec.type == "file" else GrpcChannel(spec, accounts, insecure)
+    if spec.type == "file":
+        return FileChannel(spec, accounts)
+    return (OtlpChannel if spec.format == "otlp" else GrpcChannel)(spec, accounts, insecure)
 
 
 # ======================================================================================================================
