@@ -4786,8 +4786,11 @@ def schema_channel() -> Dict[str, Any]:
         "id": schema_text("a unique name, for events[].channel", 1),
         "type": schema_text("file: appends to a file; grpc: sends to a collector", enum=list(FORMATS)),
         "path": schema_text("of a file channel, the file; of a grpc channel, HOST:PORT", 1),
+        "format": schema_text("of a grpc channel, what it speaks; default: what its filters' output.format says",
+                              enum=list(FORMATS["grpc"])),
     })
-    return {**channel, "allOf": [schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}})]}
+    return {**channel, "allOf": [schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}}),
+                                 schema_when("type", "file", {"format": False})]}
 
 
 def schema_filter() -> Dict[str, Any]:
