@@ -2621,6 +2621,274 @@ def mount(source, place, flags=4096):
         assert matches("arg1 == './a.txt'", event)
 
 
+class TestConnections:
+    """Each script makes connections and says what has to be printed: event, addresses, ports, result and process."""
+
+    pytestmark = live
+
+    EVENTS = "connect_v4,accept_v4,close_v4,connect_v6,accept_v6,close_v6"
+    PRELUDE = """
+import json, os, select, signal, socket, struct, sys
+expected = []
+def listener(host="127.0.0.1", backlog=8):
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.bind((host, 0))
+    found.listen(backlog)
+    return found
+def client(server, host=None):
+    host = host or server.getsockname()[0]
+    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    found.bind(("::" if ":" in host else "0.0.0.0", 0))
+    found.connect((host, server.getsockname()[1]))
+    return found
+def ends(one):
+    (here, port), (there, other) = (name[:2] for name in (one.getsockname(), one.getpeername()))
+    return [here.replace("::ffff:", ""), there.replace("::ffff:", ""), port, other]
+def back(ends):
+    return [ends[1], ends[0], ends[3], ends[2]]
+def expect(name, ends, ret=0, pid=None):
+    expected.append([name, ends, ret, pid or os.getpid()])
+def eof(one):
+    assert one.recv(1) == b""
+def reset(one):
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    one.close()
+def pair(server):
+    one = client(server)
+    other, _ = server.accept()
+    expect("connect", ends(one))
+    expect("accept", ends(other))
+    return one, other
+"""
+    CLOSING = """
+for server in (listener(HOST),):
+    one, other = pair(server)
+    expect("close", ends(one))
+    expect("close", ends(other))
+    one.close()
+    eof(other)
+    other.close()
+"""
+    SCRIPTS = {
+        "IPv4": CLOSING.replace("HOST", "'127.0.0.1'"),
+        "IPv6": CLOSING.replace("HOST", "'::1'"),
+        "the server closes first": """
+one, other = pair(listener())
+expect("close", ends(other))
+expect("close", ends(one))
+other.close()
+eof(one)
+one.close()
+""",
+        "IPv4 in IPv6 sockets": """
+server = listener("::")
+for host in ("127.0.0.1", "::ffff:127.0.0.1"):
+    one = client(server, host)
+    other, _ = server.accept()
+    expect("connect", ends(one))
+    expect("accept", ends(other))
+    expect("close", ends(one))
+    expect("close", ends(other))
+    one.close()
+    eof(other)
+    other.close()
+""",
+        "does not wait": """
+server = listener()
+one = socket.socket()
+one.setblocking(False)
+assert one.connect_ex(server.getsockname()) == 115  # EINPROGRESS
+select.select([], [one], [])
+expect("connect", ends(one))
+expect("close", ends(one))
+one.close()
+""",
+        "the handshake ends in softirq": """
+server = listener(backlog=0)
+first = client(server)  # fills the queue: the kernel drops the next one's first packet, and sends it again after a second
+expect("connect", ends(first))
+one = socket.socket()
+one.setblocking(False)
+one.connect_ex(server.getsockname())
+other, _ = server.accept()
+expect("accept", ends(other))
+select.select([], [one], [], 10)
+expect("connect", ends(one))
+late, _ = server.accept()
+expect("accept", ends(late))
+for two in ((first, other), (one, late)):
+    for each in two:
+        expect("close", ends(each))
+    two[0].close()
+    eof(two[1])
+    two[1].close()
+""",
+        "refused": """
+for host in ("127.0.0.1", "::1", "::ffff:127.0.0.1"):
+    gone, one = listener(host), socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    address = gone.getsockname()
+    gone.close()
+    one.bind((host, 0))
+    expect("connect", [host[-9:] if "f" in host else host] * 2 + [one.getsockname()[1], address[1]], -111)
+    assert one.connect_ex(address) == 111
+    one.close()
+""",
+        "given up": """
+server = listener(backlog=0)
+first = client(server)
+expect("connect", ends(first))
+one = socket.socket()
+one.bind(("127.0.0.1", 0))
+one.setblocking(False)
+expect("connect", ["127.0.0.1", "127.0.0.1", one.getsockname()[1], server.getsockname()[1]], -103)
+one.connect_ex(server.getsockname())
+one.close()
+expect("close", ends(first))
+first.close()
+""",
+        "dies without a close": """
+server = listener()
+child = os.fork()
+if not child:
+    one = client(server)
+    signal.pause()
+other, _ = server.accept()
+there = back(ends(other))
+expect("connect", there, 0, child)
+expect("accept", ends(other))
+os.kill(child, signal.SIGKILL)
+eof(other)
+expect("close", there, 0, child)
+expect("close", ends(other))
+other.close()
+os.waitpid(child, 0)
+""",
+        "reset by the peer": """
+server = listener()
+child = os.fork()
+if not child:
+    one = client(server)
+    signal.pause()
+other, _ = server.accept()
+there = back(ends(other))
+expect("connect", there, 0, child)
+expect("accept", ends(other))
+expect("close", ends(other))
+expect("close", there, 0, child)
+reset(other)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+""",
+        "the child closes last": """
+one, other = pair(listener())
+there, here = ends(one), ends(other)
+r, w = os.pipe()
+child = os.fork()
+if not child:
+    other.close()
+    os.read(r, 1)
+    os._exit(0)
+one.close()
+os.write(w, b"x")
+eof(other)
+expect("close", there, 0, child)
+expect("close", here)
+other.close()
+os.waitpid(child, 0)
+""",
+        "closed by halves": """
+one, other = pair(listener())
+expect("close", ends(one))
+expect("close", ends(other))
+one.shutdown(socket.SHUT_WR)
+eof(other)
+other.close()
+eof(one)
+one.close()
+""",
+        "nobody accepts it": """
+server = listener()
+one = client(server)
+expect("connect", ends(one))
+expect("close", ends(one))
+server.close()
+""",
+        "reset before it is accepted": """
+server = listener()
+one = client(server)
+there = ends(one)
+expect("connect", there)
+expect("close", there)
+reset(one)
+other, _ = server.accept()
+expect("accept", back(there))
+expect("close", back(there))
+other.close()
+""",
+        "no connection": """
+listener().close()
+socket.socket().close()
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.connect(("127.0.0.1", 9))
+one.close()
+""",
+        "no route": """
+assert socket.socket().connect_ex(("203.0.113.1", 9)) == 101  # ENETUNREACH
+""",
+        "before the start": """
+server = listener()
+child = os.fork()
+if not child:
+    one = client(server)
+    signal.pause()
+other, _ = server.accept()
+print("connected", flush=True)
+sys.stdin.read()
+there = back(ends(other))
+expect("close", ends(other))
+expect("close", there, 0, child)
+reset(other)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+""",
+    }
+    SCRIPTS["another network namespace"] = SCRIPTS["IPv4"] + SCRIPTS["IPv6"]
+    EPILOGUE = """
+print(json.dumps([expected, os.stat("/proc/self/ns/net").st_ino]))
+"""
+    PREFIX = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+
+    def test_to_the_letter(self):
+        """All at once, so that what belongs to one has to be told from what belongs to another."""
+        running = {}
+
+        def start(name):
+            prefix = self.PREFIX if name in ("another network namespace", "no route") else []
+            command = [*prefix, sys.executable, "-I", "-S", "-c", self.PRELUDE + self.SCRIPTS[name] + self.EPILOGUE]
+            running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            start("before the start")
+            assert running["before the start"].stdout.readline() == "connected\n"
+            with Agent("trace", self.EVENTS) as agent:
+                for name in self.SCRIPTS:
+                    start(name) if name not in running else None
+                said = {name: json.loads(process.communicate(timeout=DEADLINE)[0].splitlines()[-1])
+                        for name, process in running.items()}
+                code, output = agent.stop()
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
+        assert code == 0
+        lines = output.splitlines()
+        for name, (expected, netns) in said.items():
+            pids = {running[name].pid, *(row[-1] for row in expected)}
+            events = [make_event(f"{event}_v{6 if ':' in saddr else 4}", saddr, daddr, sport, dport, netns, ret=ret, pid=pid)
+                      for event, (saddr, daddr, sport, dport), ret, pid in expected]
+            assert [line for line in lines if int(line.split()[3]) in pids] == [
+                traceleft.format_event(event) for event in events], name
+
+
 class TestWalkThrough:
     pytestmark = live
 
