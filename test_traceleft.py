@@ -3247,7 +3247,69 @@ def assert_one_line(done, code, message):
     assert done.stderr.startswith("traceleft: ")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert code != 3 or "doctor' tells" in done.stderr.splitlines()[0]
     assert [line for line in done.stderr.splitlines() if not line.startswith(("traceleft: ", "  "))] == []
+
+
+class TestDoctor:
+    """Bad hosts in a mount namespace of their own, so that nothing is left behind."""
+
+    pytestmark = live
+
+    @staticmethod
+    def states(done):
+        """What -> (state, the rest of the line)."""
+        assert done.stderr == "" and {line[:5].strip() for line in done.stdout.splitlines()} <= set(traceleft.STATES)
+        return {line[5:23].strip(): (line[:5].strip(), line[23:].strip()) for line in done.stdout.splitlines()}
+
+    def test_a_good_host(self):
+        done = run("doctor", timeout=2 * DEADLINE)
+        states = self.states(done)
+        assert done.returncode == 0 and "no" not in {state for state, _ in states.values()}, done.stdout
+        assert set(states) >= {*traceleft.HOST_CHECKS, "Python", "libbpf", "tracefs", "BPF object", "event types", "grpcio",
+                               "protobuf", *(trial.what for trial in traceleft.TRIALS)}
+        for trial in traceleft.TRIALS:
+            assert "an event came through the ring buffer" in states[trial.what][1]
+        assert re.search(r"sys_exit \d{4,6} instructions verified", states["syscall exit"][1])
+        assert states["kernel"][1] == platform.release() and grpc.__version__ in states["grpcio"][1]
+
+    @pytest.mark.parametrize("what, command, found", [
+        ("BTF", "mount -t tmpfs t /sys/kernel/btf", "CONFIG_DEBUG_INFO_BTF"),
+        ("libbpf", "mount --bind /dev/null $(ldconfig -p | awk '/libbpf.so.1 /{print $NF; exit}')", "apt-get install libbpf1"),
+        ("privilege", "", "CAP_BPF and CAP_PERFMON"),
+        ("lockdown", "mount -t tmpfs t /sys/kernel/security && echo 'none integrity [confidentiality]' "
+                     ">/sys/kernel/security/lockdown", "lockdown=integrity"),
+    ])
+    def test_what_a_host_lacks(self, what, command, found):
+        prefix = TestBadHosts.without(command) if command else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        done = run("doctor", prefix=prefix)
+        states = self.states(done)
+        assert done.returncode == 3
+        assert states[what][0] == "no" and found in states[what][1]
+        assert states["tracing"] == ("no", "not tried, for what is missing above")
+        assert states["Python"][0] == "ok" and states["grpcio"][0] == "ok"
+
+    def test_one_way_to_attach_that_is_missing(self, monkeypatch, capsys):
+        trials = [trial._replace(programs=()) for trial in traceleft.TRIALS[:2]]
+        monkeypatch.setattr(traceleft, "TRIALS", trials)
+        attach = traceleft.Tracer.attach_one
+
+        def refuse_entries(self, attachment):
+            if attachment.program == "sys_enter":
+                raise OSError(95, "bpf_program__attach: Operation not supported")
+            return attach(self, attachment)
+
+        monkeypatch.setattr(traceleft.Tracer, "attach_one", refuse_entries)
+        assert traceleft.main(["doctor"]) == 3
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no")]
+        assert len(lines) == 1
+        assert re.search(r"syscall entry +cannot attach to syscalls/sys_enter_close: .* \(for close, execve", lines[0])
+
+    def test_optional_packages_are_optional(self, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "TRIALS", ())
+        monkeypatch.setitem(sys.modules, "grpc", None)
+        assert traceleft.main(["doctor"]) == 0
+        assert re.search("^-    grpcio .*apt-get install python3-grpcio", capsys.readouterr().out, re.M)
 
 
 class TestCommandLine:
@@ -3268,7 +3330,7 @@ class TestCommandLine:
     def test_help_shows_examples_and_exit_codes(self):
         shown = run("--help").stdout
         assert "trace --spec spec/aggregator-spec.json" in shown
-        assert all(command in shown for command in ("trace", "collect", "check", "explain", "events"))
+        assert all(command in shown for command in ("trace", "collect", "check", "explain", "events", "doctor"))
         assert "4  the accounting did not add up" in run("trace", "--help").stdout
 
     def test_version(self):
@@ -3438,6 +3500,14 @@ class TestBadHosts:
     def test_channel_paths(self, tmp_path, path, message):
         spec = a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/{path}"})
         assert_one_line(run("trace", "--spec", write_spec(tmp_path / "spec", spec)), 1, message)
+
+    @pytest.mark.parametrize("existing", [False, True])
+    def test_a_read_only_file_system_is_said(self, tmp_path, existing):
+        spec = write_spec(tmp_path / "spec", a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}))
+        if existing:
+            (tmp_path / "log").touch()
+        read_only = self.without(f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}")
+        assert_one_line(run("trace", "--spec", spec, prefix=read_only), 1, "Read-only file system")
 
     def test_a_summary_that_cannot_be_written(self, tmp_path):
         assert_one_line(run("trace", "open", "--summary", tmp_path / "missing/s"), 1, "cannot write --summary")

@@ -9,6 +9,7 @@ examples:
   traceleft.py check spec/*.json                        validate specs, without root
   traceleft.py collect                                  receive what a grpc channel sends
   traceleft.py events open                              arguments of an event type and the syscalls behind it
+  traceleft.py doctor                                   what this host has and lacks
 """
 
 from __future__ import annotations
@@ -2701,12 +2702,19 @@ def write_problem(path: str) -> int:
         parent = os.path.dirname(os.path.abspath(path))
         if os.path.islink(path) or not os.path.exists(parent):
             return errno.ENOENT
-        return 0 if os.access(parent, os.W_OK | os.X_OK) else errno.EACCES
+        return access_problem(parent, os.W_OK | os.X_OK)
     except OSError as error:
         return error.errno or errno.EIO
     if stat.S_ISDIR(mode):
         return errno.EISDIR
-    return 0 if os.access(path, os.W_OK) else errno.EACCES
+    return access_problem(path, os.W_OK)
+
+
+def access_problem(path: str, mode: int) -> int:
+    """The errno of access(2), or 0; Python's own os.access() does not tell a read-only file system."""
+    if os.access(path, mode):
+        return 0
+    return errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
 
 
 def format_text(alert: Alert) -> str:
@@ -3823,22 +3831,74 @@ def effective_capabilities() -> int:
     return 0
 
 
+def lacks_proc() -> str:
+    return "" if os.path.exists("/proc/self/status") else "/proc is not mounted: mount -t proc proc /proc"
+
+
+def lacks_privilege() -> str:
+    capabilities = effective_capabilities()
+    if capabilities >> CAP_SYS_ADMIN & 1:
+        return ""
+    missing = [name for name, bit in (("CAP_BPF", CAP_BPF), ("CAP_PERFMON", CAP_PERFMON))
+               if not capabilities >> bit & 1]
+    return f"missing privilege {' and '.join(missing)}: run it as root, as in sudo {sys.argv[0]}" if missing else ""
+
+
+def lacks_initial_namespace() -> str:
+    if os.stat("/proc/self/ns/pid").st_ino == PROC_PID_INIT_INO:
+        return ""
+    return ("this is not the initial pid namespace, whose PIDs the kernel side sees: run it on the host itself, or in "
+            "a container with the host's pid namespace (docker run --pid=host)")
+
+
+def lacks_architecture() -> str:
+    if platform.machine() in ARCHITECTURES and struct.calcsize("P") == 8:
+        return ""
+    return f"a 64-bit Python on {' or '.join(ARCHITECTURES)} is needed; this is {struct.calcsize('P') * 8}-bit on " \
+           f"{platform.machine()}"
+
+
+def lacks_kernel() -> str:
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    if not version or (int(version[1]), int(version[2])) >= MIN_KERNEL:
+        return ""
+    return f"kernel {platform.release()} is too old: it needs {'.'.join(map(str, MIN_KERNEL))} or later"
+
+
+def lacks_btf() -> str:
+    if os.path.exists(BTF_PATH):
+        return ""
+    return f"this kernel has no BTF ({BTF_PATH} is missing): boot one built with CONFIG_DEBUG_INFO_BTF"
+
+
+def lacks_access() -> str:
+    return "" if lockdown() != "confidentiality" else (
+        "this kernel is locked down (confidentiality), and lets no BPF program read its memory: boot it with "
+        "lockdown=integrity or less")
+
+
+def lockdown() -> str:
+    """The kernel's lockdown mode, `none` among them; empty where securityfs does not tell."""
+    try:
+        match = re.search(r"\[(\w+)\]", Path("/sys/kernel/security/lockdown").read_text())
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
+# What a host has to have before anything is loaded: each returns what is missing and what to do, or nothing
+HOST_CHECKS: Dict[str, Callable[[], str]] = {
+    "proc": lacks_proc, "privilege": lacks_privilege, "pid namespace": lacks_initial_namespace,
+    "architecture": lacks_architecture, "kernel": lacks_kernel, "BTF": lacks_btf, "lockdown": lacks_access,
+}
+
+
 def check_host() -> None:
     """Raises HostError when this host or this user cannot load the object, saying what is missing."""
-    capabilities = effective_capabilities()
-    if not capabilities >> CAP_SYS_ADMIN & 1:
-        missing = [name for name, bit in (("CAP_BPF", CAP_BPF), ("CAP_PERFMON", CAP_PERFMON))
-                   if not capabilities >> bit & 1]
+    for lacks in HOST_CHECKS.values():
+        missing = lacks()
         if missing:
-            raise HostError(f"missing privilege {' and '.join(missing)}: run it as root, as in sudo {sys.argv[0]}")
-    if os.stat("/proc/self/ns/pid").st_ino != PROC_PID_INIT_INO:
-        raise HostError("this is not the initial pid namespace, whose PIDs the kernel side sees: run it on the host "
-                        "itself, or in a container with the host's pid namespace (docker run --pid=host)")
-    version = re.match(r"(\d+)\.(\d+)", platform.release())
-    if version and (int(version[1]), int(version[2])) < MIN_KERNEL:
-        raise HostError(f"kernel {platform.release()} is too old: it needs 5.15 or later")
-    if not os.path.exists(BTF_PATH):
-        raise HostError(f"this kernel has no BTF ({BTF_PATH} is missing): boot one built with CONFIG_DEBUG_INFO_BTF")
+            raise HostError(missing)
 
 
 def mounted_tracefs() -> str:
@@ -4079,11 +4139,7 @@ class Tracer:
         self.tracefs = mounted_tracefs()
         self.sources = plan_sources(self.plan, self.tracefs)
         self.sees_all = sees_all_syscalls(self.sources) if self.see_all is None else self.see_all
-        try:
-            self.object_bytes = read_companion(OBJECT_PATH)
-        except OSError as error:
-            raise HostError(f"cannot read {OBJECT_PATH}: {error.strerror}; copy the folder bpf/ along with the script"
-                            ) from None
+        self.object_bytes = read_object()
         options = BpfObjectOpenOpts(ctypes.sizeof(BpfObjectOpenOpts), b"traceleft")
         try:
             self.object = self.bpf.call("bpf_object__open_mem", self.object_bytes, len(self.object_bytes),
@@ -4443,6 +4499,15 @@ class Tracer:
 def numbered(values: Iterable[bytes]) -> Iterator[Tuple[bytes, bytes]]:
     """The entries of an array map."""
     return ((struct.pack("=I", index), value) for index, value in enumerate(values))
+
+
+def read_object() -> bytes:
+    """The BPF object. Raises HostError."""
+    try:
+        return read_companion(OBJECT_PATH)
+    except OSError as error:
+        raise HostError(f"cannot read {OBJECT_PATH}: {error.strerror}; copy the folder bpf/ along with the script, or "
+                        "take the one file that 'make dist' makes") from None
 
 
 def load_hint(error: OSError) -> str:
@@ -5084,6 +5149,197 @@ delivered is counted, too. Without a spec, every event of the selectors is a lin
 
 
 # ======================================================================================================================
+# Doctor: what this host has and lacks, and which feature that is about
+# ======================================================================================================================
+
+TRIAL_TIMEOUT = 15.0  # seconds for an event to come: an emulated machine is slow
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    state: str  # of STATES
+    what: str
+    found: str
+    needed_for: str = ""
+
+    def format(self) -> str:
+        return f"{self.state:5}{self.what:18} {escape(self.found)}{f' ({self.needed_for})' if self.needed_for else ''}"
+
+
+HAS, LACKS, OPTIONAL = STATES = ("ok", "no", "-")  # OPTIONAL: lacks it, and only the features named need it
+
+
+def open_and_close() -> None:
+    os.close(os.open(os.devnull, os.O_RDONLY))
+
+
+def connect_to_self() -> None:
+    with socket.socket() as listening, socket.socket() as connecting:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        connecting.connect(listening.getsockname())
+
+
+class Trial(NamedTuple):
+    """One way to attach, tried on its own: with one event type, and an event that a child makes."""
+
+    what: str
+    event: str
+    programs: Tuple[str, ...]  # whose verifier figures are shown
+    needed_for: str
+    make_event: Callable[[], None] = open_and_close
+    see_all: bool = False
+    follow: bool = False
+
+
+TRIALS = (
+    Trial("syscall exit", "open", ("sys_exit",), "for open and most other events"),
+    Trial("syscall entry", "close", ("sys_enter", "sys_exit"), "for close, execve, execveat and exit"),
+    Trial("every syscall", "open", ("every_sys_exit",), "for specs that name most of a host's syscalls", see_all=True),
+    Trial("TCP connections", "connect_v4", ("tcp_state", "tcp_accept"),
+          "for connect_v4, accept_v4, close_v4 and the same of _v6", connect_to_self),
+    Trial("processes", "open", ("sys_exit", "follow_fork", "forget_process"), "for selectors with PIDs, and --follow",
+          follow=True),
+)
+
+
+def run_in_child(action: Callable[[], None]) -> Tuple[int, bool]:
+    """The child's pid, and whether it worked; it is over by then."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid, os.waitpid(pid, 0)[1] == 0
+
+
+def comes_through(tracer: Tracer, pid: int) -> bool:
+    """Whether an event of the process comes through the ring buffer in time."""
+    end = time.monotonic() + TRIAL_TIMEOUT
+    while time.monotonic() < end:
+        if any(event.pid == pid for event in tracer.poll()):
+            return True
+        tracer.wait(POLL_INTERVAL)
+    return False
+
+
+def try_trial(trial: Trial) -> Finding:
+    """Loads, attaches and sees an event, or says what went wrong."""
+    selector = f"{os.getpid()}:{trial.event}" if trial.follow else trial.event
+    begin = time.monotonic()
+    try:
+        with Tracer(selector, follow=trial.follow, see_all=trial.see_all) as tracer:
+            found = [f"loaded in {time.monotonic() - begin:.2f} s"]
+            pid, made = run_in_child(trial.make_event)
+            if made and not comes_through(tracer, pid):
+                raise HostError("attached, but no event comes through the ring buffer")
+            found.append("an event came through the ring buffer" if made else "its event could not be made here")
+            figures = [(name, tracer.verified_instructions(name)) for name in trial.programs]
+    except (TraceleftError, OSError) as error:
+        return Finding(LACKS, trial.what, str(error).partition("\n")[0], trial.needed_for)
+    found += [f"{name} {count} instructions verified" for name, count in figures if count]
+    return Finding(HAS, trial.what, ", ".join(found), trial.needed_for)
+
+
+def find_host() -> Iterator[Finding]:
+    """The checks that need nothing loaded; HOST_CHECKS, with what is there where nothing lacks."""
+    there: Dict[str, Callable[[], str]] = {
+        "architecture": platform.machine, "kernel": platform.release, "BTF": lambda: BTF_PATH,
+        "lockdown": lambda: lockdown() or "not known: securityfs is not mounted", "proc": lambda: "/proc",
+        "privilege": lambda: "CAP_BPF and CAP_PERFMON", "pid namespace": lambda: "the initial one"}
+    for what, lacks in HOST_CHECKS.items():
+        try:
+            missing = lacks()
+        except OSError as error:
+            missing = str(error)
+        yield Finding(LACKS if missing else HAS, what, missing or there[what]())
+
+
+def find_libraries() -> Iterator[Finding]:
+    """Python, libbpf, tracefs and the object."""
+    yield Finding(HAS, "Python", f"{platform.python_version()}, {sys.executable}")
+    for what, find in (("libbpf", find_libbpf), ("tracefs", mounted_tracefs), ("BPF object", find_object)):
+        try:
+            yield Finding(HAS, what, find())
+        except HostError as error:
+            yield Finding(LACKS, what, str(error))
+
+
+def find_libbpf() -> str:
+    """Its version. Raises HostError."""
+    version: bytes = Libbpf().call("libbpf_version_string")
+    return f"{decode_text(version).lstrip('v')}, {LIBBPF_NAME}"
+
+
+def find_object() -> str:
+    """What version_text() says of it. Raises HostError."""
+    read_object()
+    return version_text()
+
+
+def find_events(tracefs: str) -> Finding:
+    """Event types of the table that this kernel has no tracepoint for."""
+    missing = []
+    for name in EVENT_TYPES:
+        try:
+            plan_sources({name: Wanted(any_process=True)}, tracefs)
+        except HostError:
+            missing.append(name)
+    return Finding(OPTIONAL if missing else HAS, "event types",
+                   f"no tracepoint for {', '.join(missing)}: specs that name them are refused" if missing else
+                   f"all {len(EVENT_TYPES)} of the table")
+
+
+def find_uring(tracefs: str) -> Finding:
+    """Whether io_uring's submissions can be counted."""
+    names = [name for name in URING_TRACEPOINTS if os.path.isdir(f"{tracefs}/events/io_uring/{name}")]
+    return Finding(HAS if names else OPTIONAL, "io_uring", names[0] if names else "this kernel has no tracepoint",
+                   "for the warning when a program uses it in place of syscalls")
+
+
+def find_packages() -> Iterator[Finding]:
+    """The optional packages with their versions, and the CA certificates."""
+    for module, package in (("google.protobuf", "protobuf"), ("grpc", "grpcio")):
+        try:
+            yield Finding(HAS, package, import_optional(module).__version__, "for grpc channels and collect")
+        except HostError as error:
+            yield Finding(OPTIONAL, package, str(error))
+    try:
+        system_roots()
+        yield Finding(HAS, "CA certificates", "the system's", "for grpc channels with TLS")
+    except HostError as error:
+        yield Finding(OPTIONAL, "CA certificates", str(error))
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, as it is found."""
+    lacking = False
+    for finding in (*find_host(), *find_libraries()):
+        lacking = lacking or finding.state == LACKS
+        yield finding
+    if lacking:
+        yield Finding(LACKS, "tracing", "not tried, for what is missing above")
+    else:
+        tracefs = mounted_tracefs()
+        yield find_events(tracefs)
+        yield find_uring(tracefs)
+        yield from map(try_trial, TRIALS)
+    yield from find_packages()
+
+
+def command_doctor(options: argparse.Namespace) -> int:
+    lacking = False
+    for finding in examine():
+        lacking = lacking or finding.state == LACKS
+        print(finding.format(), flush=True)
+    return HostError.exit_code if lacking else 0
+
+
+# ======================================================================================================================
 # Command line
 # ======================================================================================================================
 
@@ -5489,6 +5745,10 @@ def build_parser() -> Parser:
     explain.add_argument("spec", metavar="SPEC", help="an aggregation spec")
     explain.set_defaults(run=command_explain)
 
+    doctor = commands.add_parser("doctor", help="say what this host has and lacks, and for which feature",
+                                 allow_abbrev=False)
+    doctor.set_defaults(run=command_doctor)
+
     events = commands.add_parser("events", help="list event types and their arguments", allow_abbrev=False)
     events.add_argument("names", nargs="*", metavar="NAME", help="an event type (default: all)")
     events.add_argument("--format", choices=tuple(EVENT_FORMATS), default="text", help="default %(default)s")
@@ -5536,6 +5796,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code
+    except HostError as error:
+        line, newline, log = str(error).partition("\n")
+        say(f"{line}; '{escape(sys.argv[0])} doctor' tells what this host has and lacks{newline}{log}")
+        return error.exit_code
     except TraceleftError as error:
         for text in error.errors:
             say(text)
