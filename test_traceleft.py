@@ -2889,6 +2889,228 @@ print(json.dumps([expected, os.stat("/proc/self/ns/net").st_ino]))
                 traceleft.format_event(event) for event in events], name
 
 
+@pytest.fixture
+def cgroups(request):
+    """Makes control groups of version 2 below the root, which are removed afterwards; called with a name."""
+    root = next(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2")
+
+    def remove(path):
+        wait_until(lambda: not (path / "cgroup.procs").read_text(), "the group is empty")
+        path.rmdir()
+
+    def make(name):
+        path = Path(root, name)
+        path.mkdir()
+        request.addfinalizer(lambda: remove(path))
+        return path
+    return make
+
+
+def proc_who(pid):
+    """What /proc says of a process, by the fields of an event."""
+    status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    (uid, euid), gid = status["Uid"].split()[:2], status["Gid"].split()[0]
+    (cgroup,) = re.findall("^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)
+    return {"pid": int(pid), "ppid": int(status["PPid"]), "uid": int(uid), "gid": int(gid), "euid": int(euid),
+            "comm": status["Name"], "exe": os.readlink(f"/proc/{pid}/exe"), "cgroup": cgroup,
+            **{f"{kind}ns": os.stat(f"/proc/{pid}/ns/{kind}").st_ino for kind in ("mnt", "net", "pid")}}
+
+
+class TestWho:
+    pytestmark = live
+
+    WAITS = """
+import os, sys
+os.setegid(8)
+os.seteuid(7)
+print(os.readlink("/proc/self"), flush=True)
+sys.stdin.read()
+try:
+    os.mkdir("/nowhere/here")
+except OSError:
+    pass
+"""
+
+    @contextlib.contextmanager
+    def waiting(self, *command):
+        """A process that says its pid and goes on when its standard input is closed."""
+        process = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_of_a_process_that_ran_before_the_start(self, cgroups, tmp_path):
+        """As /proc says it, matched in the kernel, and as JSON shows it; in namespaces and in a container's group."""
+        group = cgroups(f"docker-{'0123456789abcdef' * 4}.scope")
+        namespaces = ["unshare", "--mount", "--net", "--uts", "--ipc", "--pid", "--fork"]
+        with self.waiting(*namespaces, sys.executable, "-I", "-S", "-c", self.WAITS) as (process, pid):
+            (group / "cgroup.procs").write_text(str(pid))
+            who = proc_who(pid)
+            rule = " and ".join(f"{name} == {who[name]!r}" for name in ("exe", "cgroup", "euid", "uid", "mntns", "netns", "pidns"))
+            spec = a_spec(rule, name="mkdir", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+            assert not traceleft.Tables(parse_spec(spec).filters).python_ids
+            with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec)) as agent:
+                process.stdin.close()
+                process.wait(DEADLINE)
+                agent.stop()
+        (record,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        assert {**record["sample"], **who} == record["sample"]
+        assert record["sample"]["container"] == "0123456789abcdef" * 4
+        assert (who["euid"], who["uid"], who["cgroup"], who["ppid"]) == (7, 0, f"/{group.name}", process.pid)
+
+    def test_of_a_process_outside_of_any_container(self, cgroups, tmp_path):
+        """Its group is the host's, of several levels; its program has been deleted."""
+        cgroups("some.slice")
+        group = cgroups("some.slice/some.service")
+        copy = shutil.copy(shutil.which("sh"), tmp_path / "shell")
+        with self.waiting(copy, "-c", f"echo $$; read line; : > {tmp_path}/f") as (process, pid):
+            os.unlink(copy)
+            (group / "cgroup.procs").write_text(str(pid))
+            who = proc_who(pid)
+            events = record("open", lambda: (process.stdin.close(), process.wait(DEADLINE)))
+        (event,) = [event for event in events if event.pid == pid]
+        assert {name: getattr(event, name) for name in who} == who
+        assert who["exe"] == f"{tmp_path}/shell (deleted)" and who["cgroup"] == "/some.slice/some.service"
+        assert event.container == "" and not event.in_container
+
+    def test_of_connections(self):
+        """Also of a process that dies, whose files are closed when it has left its namespaces already."""
+        script = """
+import os, signal, socket
+server = socket.create_server(("127.0.0.1", 0))
+one = socket.create_connection(server.getsockname())
+other, _ = server.accept()
+os.seteuid(7)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+        events = record("connect_v4,accept_v4,close_v4", lambda: subprocess.run([sys.executable, "-I", "-S", "-c", script]))
+        assert [e.name for e in events] == ["connect_v4", "accept_v4", "close_v4", "close_v4"]
+        own = {name: value for name, value in proc_who(os.getpid()).items() if name in ("uid", "gid", "mntns", "netns", "pidns")}
+        for event in events:
+            assert {name: getattr(event, name) for name in own} == own and event.ppid == os.getpid()
+            assert event.comm.startswith("python") and event.pid == events[0].pid
+        assert [event.euid for event in events] == [0, 0, 7, 7]
+
+
+class TestProcesses:
+    """Which processes are traced, for what, and as which program; see TestSelectors for what a selector may be."""
+
+    pytestmark = live
+
+    @contextlib.contextmanager
+    def shells(self, *scripts):
+        """Shells that wait at `read line` and then run their script."""
+        with contextlib.ExitStack() as stack:
+            processes = []
+            for script in scripts:
+                process = subprocess.Popen(["sh", "-c", f"read line; {script}"], stdin=subprocess.PIPE)
+                processes.append(process)
+                stack.callback(process.wait)
+                stack.callback(process.kill)
+                stack.callback(process.stdin.close)
+            yield processes
+
+    @staticmethod
+    def go(processes):
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            assert process.wait(DEADLINE) == 0
+
+    def test_different_events_of_different_processes(self, tmp_path):
+        """Several selectors on one line: each process is traced for its own events, as its own program."""
+        script = f"cd {tmp_path}; umask 022; : > f; exec mkdir $$"
+        with self.shells(script, script, script) as processes:
+            a, b, c = (process.pid for process in processes)
+            with Agent("trace", f"{2**64 - 1}:{a}:open", f"7:{a},{b}:mkdir", f"{c}:umask", "umask") as agent:
+                self.go(processes)
+                _, output = agent.stop()
+        lines = [line.split() for line in output.splitlines()]
+        assert {(words[3], words[6], words[1]) for words in lines if int(words[3]) in (a, b, c)} == {
+            (str(a), str(2**64 - 1), "open"), (str(a), "7", "mkdir"), (str(b), "7", "mkdir"),
+            *((str(pid), "0", "umask") for pid in (a, b, c))}
+        assert output.count('Filename "f" Flags 577') == 1 and sum(words[1] == "mkdir" for words in lines) == 2
+
+    FAMILY = "mkdir {0}/child & wait; (mkdir {0}/grandchild; : > {0}/subshell); exec mkdir {0}/self"
+
+    @pytest.mark.parametrize("follow", [True, False])
+    def test_children(self, tmp_path, follow):
+        with self.shells(self.FAMILY.format(tmp_path), self.FAMILY.format(tmp_path / "other")) as (process, other):
+            def run():
+                process.stdin.close()
+                process.wait(DEADLINE)
+                other.stdin.close()
+                other.wait(DEADLINE)
+            events = record(f"5:{process.pid}:mkdir,open", run, follow=follow)
+            found = {Path(event.args[0]).name: event.pid for event in events if str(tmp_path) in event.args[0]}
+        assert set(found) == ({"child", "grandchild", "subshell", "self"} if follow else {"self"})
+        assert found["self"] == process.pid and len(set(found.values())) == len(found)
+        assert all(event.program_id == 5 for event in events)
+
+    def test_an_ended_process_is_dropped(self):
+        """Its number may be another's soon. A thread that ends, or that runs a new program, ends nothing."""
+        script = """
+import os, sys, threading
+thread = threading.Thread(target=os.getpid)
+thread.start()
+thread.join()
+sys.stdin.readline()
+threading.Thread(target=lambda: os.execv("/bin/sh", ["sh", "-c", "read line"])).start()
+threading.Event().wait()
+"""
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", script], stdin=subprocess.PIPE, text=True)
+        try:
+            with traceleft.Tracer(f"{process.pid}:execve") as tracer:
+                def traced():
+                    value = ctypes.create_string_buffer(4)
+                    return tracer.bpf.library.bpf_map_lookup_elem(
+                        tracer.map_fd("processes"), struct.pack("=I", process.pid), value) == 0
+                assert traced()
+                process.stdin.write("\n")
+                process.stdin.flush()
+                wait_until(lambda: list(tracer.poll()), "the new program")
+                assert traced()
+                process.stdin.close()
+                process.wait(DEADLINE)
+                wait_until(lambda: not traced(), "it is dropped")
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_processes_come_and_go_at_run_time(self):
+        script = "import os, sys\nfor line in sys.stdin:\n    os.umask(int(line))\n    print(line, end='', flush=True)"
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-u", "-c", script], stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, text=True)
+        try:
+            with traceleft.Tracer(f"9:{os.getpid()}:umask,mkdir") as tracer:
+                def masks(number):
+                    process.stdin.write(f"{number}\n")
+                    process.stdin.flush()
+                    assert process.stdout.readline() == f"{number}\n"
+                    os.umask(0o22)
+                    return [(e.pid, e.program_id, e.args[0]) for e in tracer.drain()]
+
+                own = (os.getpid(), 9, 0o22)
+                assert masks(1) == [own]
+                tracer.add_process(process.pid, 4, ["umask"])
+                assert masks(2) == [(process.pid, 4, 2), own]
+                tracer.remove_process(process.pid)
+                assert masks(3) == [own]
+                tracer.add_process(process.pid, 2**64 - 1)
+                assert masks(4) == [(process.pid, 2**64 - 1, 4), own]
+                for pid, events, message in ((2**22 - 1, None, "there is no process"), (process.pid, ["open"], "is not traced")):
+                    with pytest.raises(traceleft.UsageError, match=message):
+                        tracer.add_process(pid, 0, events)
+                assert masks(5) == [(process.pid, 2**64 - 1, 5), own]  # as before
+            with traceleft.Tracer("umask") as tracer, pytest.raises(traceleft.UsageError, match="traces every process"):
+                tracer.add_process(process.pid)
+        finally:
+            process.kill()
+            process.wait()
+
+
 class TestWalkThrough:
     pytestmark = live
 

@@ -1377,6 +1377,8 @@ int tcp_state(__u64 *context)
 			fill_owner(owner, task);
 		else if (!known)
 			return 0;
+		if (!owner->mntns && known && known->pid == owner->pid)
+			owner->mntns = known->mntns; /* a dying process leaves its namespaces before its files are closed */
 	} else if (new != TCP_CLOSE || !known) { /* reset by the peer; nobody has accepted it */
 		return 0;
 	}
