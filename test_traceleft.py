@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from concurrent import futures
@@ -806,6 +807,15 @@ class TestSpec:
         (lambda s: {**s, "channels": s["channels"] * 2}, ["channels[1].id: '1' is already the id of channels[0]"]),
         (lambda s: edit(s, "channels", type="grpc", path="nohost"), ["channels[0].path: expected HOST:PORT", "format"]),
         (lambda s: edit(s, "channels", type="grpc", path="h:99999"), ["channels[0].path: expected HOST:PORT", "format"]),
+        (lambda s: edit(s, "channels", rotate={"max_byte": 1}), [
+            "channels[0].rotate.max_byte: unknown key (did you mean 'max_bytes'?)", "rotate: 'max_bytes' is missing"]),
+        (lambda s: edit(s, "channels", rotate={"max_bytes": 1, "keep": 0, "gzip": "yes"}), [
+            "gzip: expected a boolean, not a string", "max_bytes: expected an integer from 4096 to", "keep: expected an integer from 1"]),
+        (lambda s: edit(s, "channels", rotate={"max_bytes": True}), ["max_bytes: expected an integer, not a boolean"]),
+        (lambda s: edit(s, "channels", tls={}), ["channels[0].tls: unknown key; known: id, type, path, format, rotate"]),
+        (lambda s: grpc_channel(s, tls={"cert": "c"}, gzip=1), ["gzip: expected a boolean", "tls: 'cert' and 'key' belong"]),
+        (lambda s: grpc_channel(s, tls={"ca": ""}, spool={}), ["tls.ca: expected a text that is not empty", "spool: 'dir' is missing"]),
+        (lambda s: grpc_channel(s, token_file="", path="dns:///x"), ["token_file: expected a text", "expected HOST:PORT"]),
         # filters
         (lambda s: edit(s, "events", name="opne"), ["events[0].name: unknown event 'opne' (did you mean 'open'?)"]),
         (lambda s: edit(s, "events", channel="2"), ["events[0].channel: unknown channel id '2'"]),
@@ -838,6 +848,13 @@ class TestSpec:
         assert len(found) == len(errors)
         for text, expected in zip(found, errors):
             assert expected in text
+
+    def test_channel_options(self):
+        spec = parse_spec(edit(a_spec(), "channels", rotate={"max_bytes": 10000, "gzip": True}))
+        assert spec.channels[0].rotate == traceleft.RotateSpec(10000, 5, True)
+        spec = parse_spec(grpc_channel(a_spec(), tls={"ca": "a", "server_name": "n"}, spool={"dir": "d"}, gzip=True))
+        assert spec.channels[0] == traceleft.ChannelSpec(
+            "1", "grpc", "dns:///h:1", "collector_spec_pb", None, traceleft.TlsSpec("a", "", "", "n"), "", True, traceleft.SpoolSpec("d"))
 
     def test_all_errors_are_reported(self):
         value = a_spec(rule="uid = 1", parameters="x=1;frequency=a", format="xml")
@@ -896,6 +913,12 @@ class TestSpec:
 
 def edit(spec, key, **changes):
     return {**spec, key: [{**spec[key][0], **changes}]}
+
+
+def grpc_channel(spec, **options):
+    """The spec with a grpc channel, and a format that it can have."""
+    output = {"metrics": "alerts_per_sec", "format": "collector_spec_pb"}
+    return edit(edit(spec, "channels", **{"type": "grpc", "path": "dns:///h:1", **options}), "events", output=output)
 
 
 @pytest.fixture(scope="session")
@@ -1118,10 +1141,11 @@ class TestFileChannel:
         assert [error[:11] for error in caught.value.errors] == ["channel '2'", "channel '3'"]
         assert not list(tmp_path.iterdir())
 
-    def test_a_fifo_that_nobody_reads_is_an_error(self, tmp_path):
+    def test_only_regular_files(self, tmp_path):
         os.mkfifo(tmp_path / "fifo")
-        with pytest.raises(traceleft.TraceleftError, match="No such device or address"):
-            Aggregator(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/fifo"}))
+        for path in (f"{tmp_path}/fifo", "/dev/null"):
+            with pytest.raises(traceleft.TraceleftError, match="not a regular file"):
+                Aggregator(a_spec(channel={"id": "1", "type": "file", "path": path}))
 
     @pytest.mark.parametrize("path, message", [("missing/log", "No such file"), ("", "Is a directory"), ("file/log", "Not a")])
     def test_paths_that_cannot_be_opened(self, tmp_path, path, message):
@@ -1130,33 +1154,292 @@ class TestFileChannel:
             Aggregator(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/{path}"}))
         assert caught.value.exit_code == 1
 
-    def test_what_cannot_be_written_is_lost_and_counted(self, capsys):
-        aggregator = Aggregator(a_spec(channel={"id": "1", "type": "file", "path": "/dev/full"}, parameters="frequency=2"))
-        for second in range(3):
-            for _ in range(8):
-                aggregator.add(an_open())
-            aggregator.tick(float(second))
+    @contextlib.contextmanager
+    def running(self, path, format="json", **options):
+        """(a function that sends alerts of these counts, one a second, the aggregator), closed and balanced in the end."""
+        aggregator = Aggregator(a_spec(format=format, channel={"id": "1", "type": "file", "path": str(path), **options}))
+        seconds = itertools.count()
+
+        def send(*counts):
+            for count in counts:
+                for _ in range(count):
+                    aggregator.add(an_open())
+                aggregator.flush(float(next(seconds)))
+        yield send, aggregator
         aggregator.close()
-        assert aggregator.summary() == {"filters": [{"id": "open-0", "event": "open", "matched": 24, "passed": 12,
-                                                     "folded": 12, "alerts": 3, "lost": {"write_failed": 12}}],
-                                        "balanced": True}
-        assert capsys.readouterr().err == ("traceleft: cannot write to /dev/full: No space left on device; "
-                                           "alerts are lost and counted\n")
+        assert aggregator.summary()["balanced"]
+
+    @staticmethod
+    def counts(*paths):
+        return [json.loads(line)["count"] for path in paths for line in path.read_text().splitlines()]
+
+    def disk(self, monkeypatch):
+        """A disk that takes as many bytes as the list returned has in it; None is no limit."""
+        room, write = [None], os.write
+
+        def limited(fd, data):
+            if room[0] is None or fd <= 2:
+                return write(fd, data)
+            if not room[0]:
+                raise OSError(28, "No space left on device")
+            written = write(fd, data[:room[0]])
+            room[0] -= written
+            return written
+        monkeypatch.setattr(os, "write", limited)
+        return room
+
+    def test_what_cannot_be_written_waits_until_it_can(self, tmp_path, monkeypatch, capsys):
+        room = self.disk(monkeypatch)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            send(1)
+            room[0] = 20
+            send(2, 3)
+            assert self.counts(tmp_path / "log") == [1]  # the part that fitted has been taken back
+            assert aggregator.channels["1"].figures()["queued"] == 2
+            room[0] = None
+            send(4)
+            assert self.counts(tmp_path / "log") == [1, 2, 3, 4]
+        assert aggregator.summary()["filters"][0]["lost"] == {}
+        assert capsys.readouterr().err == (
+            f"traceleft: cannot write to {tmp_path}/log: No space left on device; records are kept, and written when it "
+            f"works again\ntraceleft: writing to {tmp_path}/log works again\n")
+
+    def test_what_does_not_fit_into_memory_is_counted_in_the_next_record(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(traceleft, "MAX_QUEUE_BYTES", 2000)
+        room = self.disk(monkeypatch)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            room[0] = 0
+            send(*[2] * 10)
+            waiting = aggregator.channels["1"].figures()["queued"]
+            assert 0 < waiting < 10 and aggregator.channels["1"].waiting_bytes <= 2000
+            room[0] = None
+            aggregator.flush(0.0)  # nothing passed: what waits is written, and nothing else
+            send(5)
+        records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+        lost = 2 * (10 - waiting)
+        assert [(record["count"], record["lost"]) for record in records] == [(2, 0)] * waiting + [(5, lost)]
+        assert aggregator.summary()["filters"][0]["lost"] == {"queue_full": lost}
+
+    def test_what_could_not_be_written_until_the_end_is_counted(self, tmp_path, monkeypatch, capsys):
+        room = self.disk(monkeypatch)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            room[0] = 0
+            send(2, 3)
+        assert aggregator.summary()["filters"][0]["lost"] == {"write_failed": 5}
+        assert capsys.readouterr().err.endswith("2 records could not be written and are lost\n")
+
+    def test_a_part_that_cannot_be_taken_back_is_a_line_of_its_own(self, tmp_path, monkeypatch):
+        room = self.disk(monkeypatch)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            room[0] = 20
+            monkeypatch.setattr(traceleft.FileChannel, "take_back", lambda *_: False)  # another writer was faster
+            send(1)
+            room[0] = None
+            send(2)
+        torn, *lines = (tmp_path / "log").read_text().splitlines()
+        assert len(torn) == 20 and [json.loads(line)["count"] for line in lines] == [1, 2]
+
+    def test_each_record_is_one_write(self, tmp_path, monkeypatch):
+        written, write = [], os.write
+        with self.running(tmp_path / "log", format="text") as (send, _):
+            monkeypatch.setattr(os, "write", lambda fd, data: (written.append(bytes(data)), write(fd, data))[1])
+            send(1, 2)
+            monkeypatch.undo()
+        assert b"".join(written) == (tmp_path / "log").read_bytes()
+        assert [data.endswith(b"\n\n") for data in written] == [True, True]
+
+    def test_writers_do_not_mix(self, tmp_path):
+        with self.running(tmp_path / "log") as (one, _), self.running(tmp_path / "log") as (other, _):
+            threads = [threading.Thread(target=send, args=[1] * 300) for send in (one, other)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(DEADLINE)
+        assert self.counts(tmp_path / "log") == [1] * 600
+
+    def test_renamed_removed_truncated(self, tmp_path):
+        log = tmp_path / "log"
+        with self.running(log) as (send, aggregator):
+            send(1, 2)
+            log.rename(tmp_path / "log.1")
+            send(3)
+            assert (self.counts(tmp_path / "log.1"), self.counts(log)) == ([1, 2], [3])
+            log.unlink()
+            send(4)
+            assert self.counts(log) == [4] and log.stat().st_mode & 0o777 == 0o600
+            shutil.copy(log, tmp_path / "copy")
+            os.truncate(log, 0)
+            send(5)
+            assert self.counts(log) == [5]
+            (tmp_path / "elsewhere").mkdir()
+            log.unlink()
+            log.symlink_to(tmp_path / "elsewhere/log")  # nobody else can write here
+            send(6)
+            assert self.counts(tmp_path / "elsewhere/log") == [6]
+            assert aggregator.channels["1"].figures()["reconnects"] == 3
+            aggregator.reopen()  # SIGUSR1
+            assert aggregator.channels["1"].figures()["reconnects"] == 4
+
+    def test_removed_between_the_look_and_the_write(self, tmp_path, monkeypatch):
+        follow = traceleft.FileChannel.follow_path
+
+        def unlink_after(channel):
+            follow(channel)
+            (tmp_path / "log").unlink()
+            monkeypatch.undo()
+        with self.running(tmp_path / "log") as (send, _):
+            monkeypatch.setattr(traceleft.FileChannel, "follow_path", unlink_after)
+            send(1, 2)
+        assert self.counts(tmp_path / "log") == [1, 2]
+
+    def test_a_removed_directory_comes_back(self, tmp_path):
+        (tmp_path / "d").mkdir()
+        with self.running(tmp_path / "d/log") as (send, _):
+            shutil.rmtree(tmp_path / "d")
+            send(1, 2)
+            (tmp_path / "d").mkdir()
+            send(3)
+        assert self.counts(tmp_path / "d/log") == [1, 2, 3]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    @pytest.mark.parametrize("trap, message", [
+        (lambda log, other: (log.symlink_to(other), os.lchown(log, 1, 1)), "'log' is another user's"),
+        (lambda log, other: (log.touch(), os.chown(log, 1, 1)), "'log' is another user's"),
+        (lambda log, other: log.hardlink_to(other) if hasattr(log, "hardlink_to") else os.link(other, log),
+         "'log' has another name too"),
+    ], ids=["symlink", "file", "hardlink"])
+    def test_traps_in_a_directory_that_everybody_can_write_to(self, tmp_path, trap, message):
+        tmp_path.chmod(0o1777)
+        log, other = tmp_path / "log", tmp_path / "other"
+        other.write_text("precious")
+        trap(log, other)
+        with pytest.raises(traceleft.TraceleftError, match=message):
+            Aggregator(a_spec(channel={"id": "1", "type": "file", "path": str(log)}))
+        log.unlink()
+        with self.running(log) as (send, aggregator):
+            send(1)
+            log.rename(tmp_path / "moved")
+            trap(log, other)
+            send(2)  # refused, and kept
+            assert aggregator.channels["1"].figures()["queued"] == 1
+            log.unlink()
+            send(3)
+        assert (self.counts(tmp_path / "moved"), self.counts(log)) == ([1], [2, 3])
+        assert other.read_text() == "precious"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    def test_directories_on_the_way_are_checked_as_well(self, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o1777)
+        (tmp_path / "open/link").symlink_to(tmp_path / "real")
+        path = f"{tmp_path}/open/../open/./link/log"
+        os.close(traceleft.open_log(path))  # root's own
+        os.lchown(tmp_path / "open/link", 1, 1)
+        with pytest.raises(OSError, match="'link' is another user's"):
+            traceleft.open_log(path)
+
+    @pytest.mark.parametrize("target", ["loop", "a/../loop"])
+    def test_symlinks_in_a_circle(self, tmp_path, target):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "loop").symlink_to(target)
+        with pytest.raises(OSError, match="Too many levels"):
+            traceleft.open_log(str(tmp_path / "loop"))
+
+    @pytest.mark.parametrize("gzip", [False, True])
+    def test_rotates(self, tmp_path, gzip):
+        log = tmp_path / "log"
+        with self.running(log, rotate={"max_bytes": 4096, "keep": 3, "gzip": gzip}) as (send, aggregator):
+            for number in range(1, 61):
+                send(number)
+                rotation = aggregator.channels["1"].rotation
+                if rotation.thread:
+                    rotation.thread.join(DEADLINE)
+        old = [tmp_path / f"log.{n}{'.gz' if gzip else ''}" for n in (3, 2, 1)]
+        assert {path.name for path in tmp_path.iterdir()} == {"log", *(path.name for path in old)}
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.iterdir())
+        texts = [importlib.import_module("gzip").decompress(path.read_bytes()).decode() if gzip else path.read_text()
+                 for path in old] + [log.read_text()]
+        assert all(len(text) <= 4096 for text in texts)
+        counts = [json.loads(line)["count"] for text in texts for line in text.splitlines()]
+        assert counts == list(range(61 - len(counts), 61)) and len(counts) > 20
+
+    def test_two_agents_rotate_one_file(self, tmp_path):
+        rotate = {"max_bytes": 4096, "keep": 1000}
+        with self.running(tmp_path / "log", rotate=rotate) as (one, _), \
+                self.running(tmp_path / "log", rotate=rotate) as (other, _):
+            threads = [threading.Thread(target=send, args=[1] * 200) for send in (one, other)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(DEADLINE)
+        assert self.counts(*tmp_path.iterdir()) == [1] * 400
+
+    def test_a_rotation_that_fails_loses_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(1, "not today")))
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096}) as (send, _):
+            send(*[1] * 40)
+        assert self.counts(tmp_path / "log") == [1] * 40
+        assert capsys.readouterr().err.count("cannot rotate") == 1
 
     def test_the_next_alert_says_what_was_lost(self):
         class Failing(ListChannel, traceleft.Channel):
             def send(self, alert):
                 super().send(alert)
                 account = self.accounts[alert.filter.id]
-                account.lose("test", alert.count) if len(self.alerts) < 3 else account.deliver(alert.count)
+                if len(self.alerts) < 3:
+                    account.lose_alert("test", alert.count, alert.lost)
+                else:
+                    account.deliver(alert.count)
         channel = Failing()
         aggregator = Aggregator(a_spec(), {"1": channel})
         channel.accounts = aggregator.accounts
         for second in range(4):
             aggregator.add(an_open())
             aggregator.tick(float(second))
-        assert [alert.lost for alert in channel.alerts] == [0, 1, 1, 0]
+        assert [alert.lost for alert in channel.alerts] == [0, 1, 2, 0]  # the second could not tell
         assert aggregator.summary()["balanced"]
+
+
+class TestStdoutChannel:
+    """The path `-`, in a process whose stdout is a pipe."""
+
+    SENDER = """import sys, time, traceleft
+        aggregator = traceleft.Aggregator({"channels": [{"id": "1", "type": "file", "path": "-"}], "events": [
+            {"name": "open", "channel": "1", "function": {"id": "sigma"}, "output": {"metrics": "alerts_per_sec", "format": "json"}}]})
+        for second in range(int(sys.argv[1])):
+            aggregator.add(traceleft.make_event("open", "x" * 3000))
+            aggregator.flush(float(second))
+            if aggregator.ended:
+                break
+        aggregator.close()
+        print(aggregator.summary(), second, file=sys.stderr)"""
+
+    def sender(self, seconds, stdout=subprocess.PIPE):
+        return subprocess.Popen([sys.executable, "-c", textwrap.dedent("        " + self.SENDER), str(seconds)], cwd=HERE,
+                                stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+    def test_writes_all_to_a_slow_reader(self):
+        process = self.sender(200)
+        time.sleep(0.5)  # the pipe is full long since
+        output, errors = process.communicate(timeout=DEADLINE)
+        assert len([json.loads(line) for line in output.splitlines()]) == 200
+        assert "its reader is slow" in errors and "'lost': {}" in errors
+
+    def test_a_closed_pipe_ends_the_run(self):
+        process = self.sender(1_000_000)
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(DEADLINE) == 0
+        assert "nobody reads stdout any more: the run ends" in errors and "'balanced': True" in errors
+
+    def test_a_file_gets_one_write_a_record(self, tmp_path):
+        with (tmp_path / "out").open("w") as out:
+            process = self.sender(5, out)
+            assert "'lost': {}" in process.communicate(timeout=DEADLINE)[1]
+        assert len([json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]) == 5
 
 
 @pytest.fixture(scope="session")
@@ -3237,6 +3520,10 @@ for i in range(1_000_000):
         value = json.loads(path.read_text())
         for i, channel in enumerate(value["channels"]):
             channel["path"] = f"{tmp_path}/log{i}" if channel["type"] == "file" else "localhost:1"
+            for files in ("tls", "token_file"):
+                channel.pop(files, None)
+            if "spool" in channel:
+                channel["spool"]["dir"] = f"{tmp_path}/spool{i}"
         uses_grpc = any(channel["type"] == "grpc" for channel in value["channels"]
                         if channel["id"] in {event["channel"] for event in value["events"]})
         done = run("trace", "--collector-insecure", "--spec", write_spec(tmp_path / path.name, value), "--duration", "1.2",
@@ -3251,7 +3538,8 @@ for i in range(1_000_000):
         make_certificates(tmp_path)
         credentials = grpc.ssl_server_credentials([((tmp_path / "key.pem").read_bytes(), (tmp_path / "cert.pem").read_bytes())])
         with ProtoServer(generated, credentials=credentials) as server:
-            spec = write_spec(tmp_path / "spec", grpc_spec(server.port, name="mkdir"))
+            rule = f"startswith(pathname, '{tmp_path}/')"
+            spec = write_spec(tmp_path / "spec", grpc_spec(server.port, name="mkdir", rule=rule))
             with_ca = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs t /etc/ssl/certs && cp {tmp_path}/ca.pem "
                        '/etc/ssl/certs/ca-certificates.crt && exec "$@"', "sh"]
             outcomes = {}

@@ -30,6 +30,7 @@ import ast
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import difflib
 import errno
@@ -114,6 +115,16 @@ class BalanceError(TraceleftError):
     """The accounting did not add up: events were lost before a filter could count them."""
 
     exit_code = 4
+
+
+def say(message: str) -> None:
+    """One line on stderr, in one write, so that lines of threads do not mix."""
+    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
+        sys.stderr.write(f"{CLEAR_LINE if sys.stderr.isatty() else ''}traceleft: {message}\n")
+        sys.stderr.flush()
+
+
+CLEAR_LINE = "\r\x1b[K"
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -1753,6 +1764,33 @@ FORMATS = {"file": ("collector_spec_pb", "text", "json"), "grpc": ("collector_sp
 
 
 @dataclass(frozen=True)
+class RotateSpec:
+    """`rotate` of a file channel: past `max_bytes` the file becomes PATH.1, and PATH.1 becomes PATH.2, up to `keep`."""
+
+    max_bytes: int
+    keep: int = 5
+    gzip: bool = False
+
+
+@dataclass(frozen=True)
+class TlsSpec:
+    """`tls` of a grpc channel: paths of PEM files, and the name that the collector's certificate has to have."""
+
+    ca: str = ""    # "": the host's CA certificates
+    cert: str = ""  # with `key`: what the channel shows to the collector
+    key: str = ""
+    server_name: str = ""
+
+
+@dataclass(frozen=True)
+class SpoolSpec:
+    """`spool` of a grpc channel: a directory of its own, for what has not been acknowledged."""
+
+    dir: str
+    max_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
 class ChannelSpec:
     """One entry of `channels`."""
 
@@ -1760,6 +1798,31 @@ class ChannelSpec:
     type: str  # key of FORMATS
     path: str
     format: str = ""  # of a grpc channel: what it speaks, one of FORMATS["grpc"]
+    rotate: Optional[RotateSpec] = None
+    tls: Optional[TlsSpec] = None
+    token_file: str = ""
+    gzip: bool = False
+    spool: Optional[SpoolSpec] = None
+
+
+# Channel type -> its options and what they are in JSON; a class stands for an object of its fields
+CHANNEL_OPTIONS: Dict[str, Dict[str, type]] = {
+    "file": {"format": str, "rotate": RotateSpec},
+    "grpc": {"format": str, "tls": TlsSpec, "token_file": str, "gzip": bool, "spool": SpoolSpec},
+}
+OPTION_RANGES = {  # of the integers in these objects
+    ("rotate", "max_bytes"): (4096, 1 << 40), ("rotate", "keep"): (1, 1000), ("spool", "max_bytes"): (65536, 1 << 40),
+}
+OPTION_TYPES: Dict[str, type] = {"str": str, "int": int, "bool": bool}  # annotations are texts here
+ALL_CHANNEL_OPTIONS = {name: kind for options in CHANNEL_OPTIONS.values() for name, kind in options.items()}
+
+
+def option_fields(record: Any) -> Tuple[Dict[str, type], Dict[str, type]]:
+    """The required and the optional members of an option that is an object."""
+    kinds = {field.name: OPTION_TYPES[str(field.type)] for field in dataclasses.fields(record)}
+    required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
+    return ({name: kind for name, kind in kinds.items() if name in required},
+            {name: kind for name, kind in kinds.items() if name not in required})
 
 
 @dataclass(frozen=True)
@@ -1906,8 +1969,9 @@ class SpecParser:
         return found
 
     def has_type(self, value: Any, expected: type, path: str) -> bool:
-        if not isinstance(value, expected):
-            self.error(path, f"expected {json_type(expected())}, not {json_type(value)}")
+        if not isinstance(value, expected) or isinstance(value, bool) and expected is not bool:
+            self.error(path, f"expected {'an integer' if expected is int else json_type(expected())}, "
+                             f"not {json_type(value)}")
             return False
         if isinstance(value, str) and "\0" in value:
             self.error(path, "a string with a NUL cannot be used here")
@@ -1929,15 +1993,24 @@ class SpecParser:
                 self.error(f"{path}[{index}].id", f"'{escape(name)}' is already the id of {path}[{first[name]}]")
 
     def channel(self, value: Any, path: str) -> Optional[ChannelSpec]:
-        members = self.object(value, path, {"id": str, "type": str, "path": str}, {"format": str})
+        named = value.get("type") if isinstance(value, dict) else None
+        options = CHANNEL_OPTIONS.get(named if isinstance(named, str) else "", ALL_CHANNEL_OPTIONS)
+        objects = {name: kind for name, kind in options.items() if kind not in (str, bool)}
+        members = self.object(value, path, {"id": str, "type": str, "path": str},
+                              {name: dict if name in objects else kind for name, kind in options.items()})
         kind = self.known(f"{path}.type", "channel type", members.get("type"), FORMATS)
+        for name, record in objects.items():
+            if name in members:
+                members[name] = self.option(name, members[name], f"{path}.{name}", record)
+        if members.get("token_file") == "":
+            self.error(f"{path}.token_file", "expected a text that is not empty")
         if members.get("id") == "":
             self.error(f"{path}.id", "expected a text that is not empty")
         if members.get("path") == "":
             self.error(f"{path}.path", "expected a text that is not empty")
         elif kind == "grpc" and "path" in members:
             try:
-                parse_address(members["path"])
+                parse_target(members["path"])
             except ValueError as error:
                 self.error(f"{path}.path", str(error))
         if kind == "file" and "format" in members:
@@ -1946,7 +2019,21 @@ class SpecParser:
             if kind == "grpc" else None
         if not members.get("id") or not kind or not members.get("path"):
             return None
-        return ChannelSpec(members["id"], kind, members["path"], spoken or "")
+        return ChannelSpec(**{**members, "format": spoken or ""})
+
+    def option(self, name: str, value: Dict[str, Any], path: str, record: Any) -> Any:
+        """An object such as `tls` as its record, whose fields without a default are required; None after an error."""
+        before = len(self.errors)
+        members = self.object(value, path, *option_fields(record))
+        for key, member in members.items():
+            least, most = OPTION_RANGES.get((name, key), (0, 0))
+            if isinstance(member, str) and not member:
+                self.error(f"{path}.{key}", "expected a text that is not empty")
+            elif most and not least <= member <= most:
+                self.error(f"{path}.{key}", f"expected an integer from {least} to {most}, not {member}")
+        if record is TlsSpec and ("cert" in members) != ("key" in members):
+            self.error(path, "'cert' and 'key' belong together")
+        return record(**members) if len(self.errors) == before else None
 
     def filter(self, value: Any, index: int, channels: Dict[str, ChannelSpec], all_known: bool) -> Optional[Filter]:
         path, before = f"events[{index}]", len(self.errors)
@@ -2052,6 +2139,14 @@ def json_type(value: Any) -> str:
         return "a boolean"
     names: Dict[type, str] = {dict: "an object", list: "an array", str: "a string"}
     return names.get(type(value), "a number")
+
+
+def parse_target(text: str) -> Tuple[str, int]:
+    """Where a grpc channel connects to: `HOST:PORT`, or `dns:///HOST:PORT` for all of its addresses; or ValueError."""
+    return parse_address(text[len(DNS_SCHEME):] if text.startswith(DNS_SCHEME) else text)
+
+
+DNS_SCHEME = "dns:///"
 
 
 def parse_address(text: str) -> Tuple[str, int]:
@@ -2608,6 +2703,15 @@ class Account:
             self.lost[cause] = self.lost.get(cause, 0) + count
             self.unreported += count
 
+    def lose_alert(self, cause: str, count: int, lost: int) -> None:
+        """An alert with these numbers is not delivered: what it would have said was lost, the next one has to say."""
+        self.lose(cause, count)
+        self.report_later(lost)
+
+    def report_later(self, lost: int) -> None:
+        with self.lock:
+            self.unreported += lost
+
     def take_unreported(self) -> int:
         with self.lock:
             unreported, self.unreported = self.unreported, 0
@@ -2641,24 +2745,192 @@ def format_accounting(accounts: Sequence[Account]) -> List[str]:
 
 
 # ======================================================================================================================
+# Log files: opened so that nobody else decides where root writes, and rotated
+# ======================================================================================================================
+
+MAX_LINKS = 40  # symlinks in one path, as MAXSYMLINKS in include/linux/namei.h
+LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+def check_trusted(name: str, found: os.stat_result, directory: os.stat_result) -> None:
+    """Raises OSError for what another user may have put into a directory that everybody can write to, such as /tmp."""
+    if not directory.st_mode & stat.S_IWOTH:
+        return
+    if found.st_uid not in (0, os.geteuid()):
+        raise OSError(errno.EACCES, f"'{escape(name)}' is another user's, in a directory that everybody can write to")
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        raise OSError(errno.EACCES, f"'{escape(name)}' has another name too, and is in a directory that everybody can "
+                                    "write to")
+
+
+def open_parent(path: str) -> Tuple[int, str, Optional[os.stat_result]]:
+    """A descriptor of the directory that the path ends in, the name there, and what has it, which is no symlink.
+
+    Symlinks are followed here, one by one, and only where check_trusted() lets them. Raises OSError.
+    """
+    directory, links = os.open("/" if path.startswith("/") else ".", os.O_PATH | os.O_CLOEXEC), 0
+    names = path.split("/")[::-1]
+    try:
+        while names:
+            name = names.pop()
+            if name in ("", ".") and names:
+                continue
+            found = stat_at(name or ".", directory)
+            if found is not None and stat.S_ISLNK(found.st_mode):
+                links += 1
+                if links > MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                check_trusted(name, found, os.fstat(directory))
+                target = os.readlink(name, dir_fd=directory)
+                names += target.split("/")[::-1]
+                if not target.startswith("/"):
+                    continue
+                name = "/"
+            elif not names:
+                return directory, name or ".", found
+            inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            os.close(directory)
+            directory = inner
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except BaseException:
+        os.close(directory)
+        raise
+
+
+def stat_at(name: str, directory: int) -> Optional[os.stat_result]:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def check_log(name: str, found: os.stat_result, directory: int) -> None:
+    """Raises OSError for what is no regular file, or not to be trusted."""
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file (for stdout the path is -)")
+    check_trusted(name, found, os.fstat(directory))
+
+
+def check_writable(path: str) -> None:
+    """Raises OSError when open_log() would fail; nothing is made or changed."""
+    directory, name, found = open_parent(path)
+    try:
+        if found is not None:
+            check_log(name, found, directory)
+        mode = os.W_OK if found is not None else os.W_OK | os.X_OK
+        if not os.access(name if found is not None else ".", mode, dir_fd=directory, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    finally:
+        os.close(directory)
+
+
+def open_log(path: str) -> int:
+    """A descriptor for appending to the file, which is made with mode 0600 when it is missing. Raises OSError."""
+    directory, name, found = open_parent(path)
+    try:
+        if found is not None:  # before it is opened: to open some devices is to use them
+            check_log(name, found, directory)
+        fd = os.open(name, LOG_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
+        try:
+            check_log(name, os.fstat(fd), directory)  # what was opened, whatever has been put there since
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+    finally:
+        os.close(directory)
+
+
+class Rotation:
+    """Keeps a file below a size: it becomes PATH.1, PATH.1 becomes PATH.2, and so on, compressed in the background."""
+
+    def __init__(self, path: str, spec: RotateSpec) -> None:
+        self.path, self.spec = path, spec
+        self.thread: Optional[threading.Thread] = None
+        self.failing = False
+
+    def is_due(self, fd: int, more: int) -> bool:
+        """Whether `more` bytes would make it too large. An empty file is never too small for a record."""
+        size = os.fstat(fd).st_size
+        return size > 0 and size + more > self.spec.max_bytes and not (self.thread and self.thread.is_alive())
+
+    def rotate(self, fd: int) -> bool:
+        """Whether it was done, or another process has done it: then the path has to be opened again."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another agent may write to it, and rotate it as well
+        except OSError:
+            return False
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(fd)):
+                self.shift()
+        except OSError as error:
+            if not self.failing:
+                say(f"cannot rotate {escape(self.path)}: {error.strerror}; it grows beyond its {self.spec.max_bytes} "
+                    "bytes")
+            self.failing = True
+            return False
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        self.failing = False
+        if self.spec.gzip:
+            self.thread = threading.Thread(target=compress_log, args=(f"{self.path}.1",), name="gzip",
+                                           daemon=True)
+            self.thread.start()
+        return True
+
+    def shift(self) -> None:
+        """Renames from the oldest on, so that a crash in between loses none but the one that is too old."""
+        for number in range(self.spec.keep, 0, -1):
+            for suffix in ("", ".gz"):
+                old = f"{self.path}.{number}{suffix}"
+                if not os.path.lexists(old):
+                    continue
+                if number == self.spec.keep:
+                    os.unlink(old)
+                else:
+                    os.rename(old, f"{self.path}.{number + 1}{suffix}")
+        os.rename(self.path, f"{self.path}.1")
+
+    def close(self) -> None:
+        if self.thread is not None:
+            self.thread.join(CLOSE_TIMEOUT)  # without it the file stays as it is
+
+
+def compress_log(path: str) -> None:
+    """Replaces the file by PATH.gz; on failure it stays as it is."""
+    gzip = importlib.import_module("gzip")
+    temporary = f"{path}.gz.tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(source, "rb") as plain, os.fdopen(target, "wb") as raw, gzip.GzipFile(
+                path, "wb", 6, raw) as compressed:
+            shutil.copyfileobj(plain, compressed, 1 << 20)
+        os.rename(temporary, f"{path}.gz")
+        os.unlink(path)
+    except OSError as error:
+        say(f"cannot compress {escape(path)}: {error.strerror}; it stays as it is")
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+# ======================================================================================================================
 # Channels: where alerts go. Each alert that is sent is settled once, as delivered or as lost with a cause
 # ======================================================================================================================
 
 HOSTNAME = socket.gethostname()
-
-
-def say(message: str) -> None:
-    """One line on stderr, in one write, so that lines of threads do not mix."""
-    with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
-        sys.stderr.write(f"{CLEAR_LINE if sys.stderr.isatty() else ''}traceleft: {message}\n")
-        sys.stderr.flush()
-
-
-CLEAR_LINE = "\r\x1b[K"
+MAX_QUEUE_BYTES = 8 << 20  # of one channel: alerts that wait in memory
+CLOSE_TIMEOUT = 5.0        # seconds that the end of a run may take to deliver what is pending
 
 
 class Channel:
     """A place that alerts are sent to. `accounts` maps filter ids to where the outcome is counted."""
+
+    ended = False  # nobody will ever read again: the run is over
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
         self.spec, self.accounts = spec, accounts
@@ -2676,6 +2948,13 @@ class Channel:
 
     def flush(self) -> None:
         """All alerts of this tick have been sent."""
+
+    def reopen(self) -> None:
+        """What is written from now on goes to what the path names now."""
+
+    def figures(self) -> Dict[str, int]:
+        """The channel at work, for metrics: what waits now, and totals of what was tried."""
+        return {}
 
     def begin_close(self) -> None:
         """No more alerts will come: begins to deliver what is pending, for a bounded time."""
@@ -2756,54 +3035,188 @@ FILE_FORMATS: Dict[str, Callable[[Alert], str]] = {
 
 
 class FileChannel(Channel):
-    """Appends each alert to a file with one write."""
+    """Appends each alert to a file with one write. What cannot be written waits, in order and in bounded memory."""
 
+    CONSEQUENCE = "records are kept, and written when it works again"
     fd = -1
-    failing = False
+    torn = False  # a part of a record stands at the file's end, and could not be taken back
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
+        super().__init__(spec, accounts)
+        self.waiting: Deque[Tuple[Alert, bytes]] = collections.deque()
+        self.waiting_bytes = 0
+        self.failing = False
+        self.writes = self.failures = self.reopened = 0
+        self.rotation: Optional[Rotation] = None
+        self.name = escape(spec.path) if spec.path != "-" else "stdout"
 
     def problem(self) -> Optional[str]:
-        code = write_problem(self.spec.path)
-        return self.cannot_open(code) if code else None
+        try:
+            check_writable(self.spec.path)
+        except OSError as error:
+            return self.cannot_open(error)
+        return None
 
-    def cannot_open(self, code: int) -> str:
-        return (f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: {os.strerror(code)}; "
+    def cannot_open(self, error: OSError) -> str:
+        return (f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: {error.strerror}; "
                 "it takes a file in a directory that exists and is writable")
 
     def open(self) -> None:
-        # O_NONBLOCK: a FIFO that nobody reads is an error, and one whose reader stalls loses alerts but not the tracer
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
         try:
-            self.fd = os.open(self.spec.path, flags, 0o600)
+            self.fd = open_log(self.spec.path)
         except OSError as error:
-            raise TraceleftError(self.cannot_open(error.errno or 0)) from None
+            raise TraceleftError(self.cannot_open(error)) from None
+        if self.spec.rotate is not None:
+            self.rotation = Rotation(self.spec.path, self.spec.rotate)
+
+    def figures(self) -> Dict[str, int]:
+        return {"queued": len(self.waiting), "queued_bytes": self.waiting_bytes, "sends": self.writes,
+                "failures": self.failures, "reconnects": self.reopened}
 
     def send(self, alert: Alert) -> None:
-        account = self.accounts[alert.filter.id]
+        data = FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace")
+        if self.waiting_bytes + len(data) > MAX_QUEUE_BYTES or self.ended:
+            self.accounts[alert.filter.id].lose_alert("write_failed" if self.ended else "queue_full", alert.count,
+                                                      alert.lost)
+            return
+        self.waiting.append((alert, data))
+        self.waiting_bytes += len(data)
+        if not self.failing:  # else flush() tries, once a tick
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits."""
         try:
-            self.write(FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace"))
+            while self.waiting:
+                self.write(self.waiting[0][1])
+                alert, data = self.waiting.popleft()
+                self.waiting_bytes -= len(data)
+                self.writes += 1
+                self.accounts[alert.filter.id].deliver(alert.count)
         except OSError as error:
-            account.lose("write_failed", alert.count)
+            self.failures += 1
             if not self.failing:
-                say(f"cannot write to {escape(self.spec.path)}: {error.strerror}; alerts are lost and counted")
+                say(f"cannot write to {self.name}: {error.strerror}; {self.CONSEQUENCE}")
             self.failing = True
         else:
-            account.deliver(alert.count)
             if self.failing:
-                say(f"writing to {escape(self.spec.path)} works again")
+                say(f"writing to {self.name} works again")
             self.failing = False
 
     def write(self, data: bytes) -> None:
         """All of `data`, or OSError and nothing: a record that was cut short is taken back."""
+        self.follow_path()
+        if self.rotation is not None and self.rotation.is_due(self.fd, len(data)) and self.rotation.rotate(self.fd):
+            self.reopen()
+        self.append(data)
+        if os.fstat(self.fd).st_nlink == 0:  # removed since we looked: what was written now is in no file
+            self.reopen()
+            self.append(data)
+
+    def append(self, data: bytes) -> None:
+        """One write."""
+        data = b"\n" + data if self.torn else data
         written = os.write(self.fd, data)
         if written < len(data):  # the disk is full: the kernel wrote what fitted
-            with contextlib.suppress(OSError):  # not a regular file
-                os.ftruncate(self.fd, os.fstat(self.fd).st_size - written)
+            self.torn = not self.take_back(written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.torn = False
+
+    def take_back(self, count: int) -> bool:
+        """Cuts off the last `count` bytes that were written, unless another writer's record stands behind them."""
+        end = os.lseek(self.fd, 0, os.SEEK_CUR)
+        with contextlib.suppress(OSError):
+            if os.fstat(self.fd).st_size == end:
+                os.ftruncate(self.fd, end - count)
+                return True
+        return False
+
+    def follow_path(self) -> None:
+        """Opens the path anew when it does not name our file any more, as after logrotate."""
+        try:
+            current = os.path.samestat(os.stat(self.spec.path), os.fstat(self.fd))
+        except PermissionError:  # a directory that we may not search any more: the file is open all the same
+            current = True
+        except OSError:
+            current = False
+        if not current:
+            self.reopen()
+
+    def reopen(self) -> None:
+        """Raises OSError, and keeps the old file, when the path cannot be opened."""
+        fd = open_log(self.spec.path)
+        os.close(self.fd)
+        self.fd, self.torn = fd, False
+        self.reopened += 1
 
     def close(self) -> None:
         if self.fd >= 0:
+            self.flush()
+            self.lose_waiting()
             os.close(self.fd)
             self.fd = -1
+        if self.rotation is not None:
+            self.rotation.close()
+
+    def lose_waiting(self) -> None:
+        """What could not be written until the end."""
+        if self.waiting:
+            say(f"{self.name}: {len(self.waiting)} records could not be written and are lost")
+        for alert, _ in self.waiting:
+            self.accounts[alert.filter.id].lose_alert("write_failed", alert.count, alert.lost)
+        self.waiting.clear()
+        self.waiting_bytes = 0
+
+
+class StdoutChannel(FileChannel):
+    """The path `-`. A reader that is slow holds up nothing; when there is none any more, the run ends."""
+
+    CHUNK = select.PIPE_BUF  # as much as a pipe that select() calls writable takes without blocking
+
+    def problem(self) -> Optional[str]:
+        return None
+
+    def open(self) -> None:
+        self.fd = 1
+        self.poller = select.poll()
+        self.poller.register(1, 0)  # errors only: there is no reader any more
+
+    def flush(self) -> None:
+        if self.poller.poll(0) and not self.ended:
+            self.ended = True
+            say("nobody reads stdout any more: the run ends")
+        if self.ended:
+            self.lose_waiting()
+        else:
+            super().flush()
+
+    def write(self, data: bytes) -> None:
+        """Writes as much as is taken at once; raises BlockingIOError when something is left, which stays first."""
+        regular = stat.S_ISREG(os.fstat(1).st_mode)
+        try:
+            while data and select.select([], [1], [], 0)[1]:
+                data = data[os.write(1, data if regular else data[:self.CHUNK]):]
+        finally:
+            self.keep(data)
+        if data:
+            raise BlockingIOError(errno.EAGAIN, "its reader is slow")
+
+    def keep(self, left: bytes) -> None:
+        """Of the first record this much is not written yet."""
+        alert, data = self.waiting[0]
+        self.waiting[0] = alert, left
+        self.waiting_bytes -= len(data) - len(left)
+
+    def reopen(self) -> None:
+        pass
+
+    def close(self) -> None:
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        self.flush()
+        while self.waiting and not self.ended and time.monotonic() < deadline:
+            select.select([], [1], [], deadline - time.monotonic())
+            self.flush()
+        self.lose_waiting()
 
 
 # ======================================================================================================================
@@ -2960,11 +3373,9 @@ def wire_text(text: str) -> str:
 # gRPC channel: a thread sends, so that a slow or absent collector never holds up reading
 # ======================================================================================================================
 
-MAX_QUEUE_BYTES = 8 << 20
 MAX_STREAM_ALERTS = 1000
 ACK_TIMEOUT = 10.0                # seconds until a stream without an acknowledgement counts as failed
 BACKOFF_MIN, BACKOFF_MAX = 0.2, 10.0  # seconds
-CLOSE_TIMEOUT = 5.0               # seconds that the end of a run may take to deliver what is pending
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
               "/etc/ssl/cert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem")
 
@@ -3455,9 +3866,9 @@ class OtlpChannel(Channel):
 
 
 def make_channel(spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool) -> Channel:
-    if spec.type == "file":
-        return FileChannel(spec, accounts)
-    return (OtlpChannel if spec.format == "otlp" else GrpcChannel)(spec, accounts, insecure)
+    if spec.type == "grpc":
+        return (OtlpChannel if spec.format == "otlp" else GrpcChannel)(spec, accounts, insecure)
+    return (StdoutChannel if spec.path == "-" else FileChannel)(spec, accounts)
 
 
 # ======================================================================================================================
@@ -3492,9 +3903,11 @@ class FilterState:
 
     def tick(self, now: float, channel: Channel) -> None:
         self.processing.tick()
-        alert = self.output.tick(self.spec, now, self.account.unreported)
-        if alert is not None:
-            self.account.take_unreported()
+        lost = self.account.take_unreported()
+        alert = self.output.tick(self.spec, now, lost)
+        if alert is None:
+            self.account.report_later(lost)
+        else:
             self.account.alerts += 1
             channel.send(alert)
             if not isinstance(channel, Channel):  # a caller's own: it cannot settle, so taking is delivering
@@ -3567,6 +3980,17 @@ class Aggregator:
             state.tick(now, self.channels[state.spec.channel])
         for channel in self.channels.values():
             getattr(channel, "flush", lambda: None)()
+
+    def reopen(self) -> None:
+        """Channels open their paths again, for what follows."""
+        for channel in self.channels.values():
+            with contextlib.suppress(OSError):  # it says so when it writes
+                getattr(channel, "reopen", lambda: None)()
+
+    @property
+    def ended(self) -> bool:
+        """Whether a channel has nobody left to write to."""
+        return any(getattr(channel, "ended", False) for channel in self.channels.values())
 
     def close(self) -> None:
         """Delivers what is pending; afterwards the accounting is final."""
@@ -4533,11 +4957,14 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.stopped = False
+        self.reopen = False  # SIGUSR1 came: log files are to be opened again
         self.reader, self.writer = socket.socketpair()
+        self.reader.setblocking(False)
         self.writer.setblocking(False)  # as signal.set_wakeup_fd() demands
 
     def __enter__(self) -> StopSignals:
         self.old_handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.request_reopen)
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         return self
 
@@ -4550,6 +4977,11 @@ class StopSignals:
 
     def stop(self, number: int, frame: object) -> None:
         self.stopped = True
+
+    def request_reopen(self, number: int, frame: object) -> None:
+        self.reopen = True
+        with contextlib.suppress(BlockingIOError):  # it is no reason to wake up
+            self.reader.recv(4096)
 
     def fileno(self) -> int:
         return self.reader.fileno()
@@ -4854,8 +5286,47 @@ def schema_channel() -> Dict[str, Any]:
         "format": schema_text("of a grpc channel, what it speaks; default: what its filters' output.format says",
                               enum=list(FORMATS["grpc"])),
     })
-    return {**channel, "allOf": [schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}}),
-                                 schema_when("type", "file", {"format": False})]}
+    channel["properties"].update({name: schema_option(name, kind) for name, kind in ALL_CHANNEL_OPTIONS.items()
+                                  if name not in channel["properties"]})
+    others = {kind: dict.fromkeys(set(ALL_CHANNEL_OPTIONS) - set(options), False)
+              for kind, options in CHANNEL_OPTIONS.items()}
+    return {**channel, "allOf": [
+        schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}, **dict(sorted(others["grpc"].items()))}),
+        schema_when("type", "file", {"format": False, **dict(sorted(others["file"].items()))})]}
+
+
+OPTION_DESCRIPTIONS = {
+    ("rotate", ""): "of a file channel: what becomes of a file that has grown large",
+    ("rotate", "max_bytes"): "a record that would make it larger goes to a new file",
+    ("rotate", "keep"): "how many old files there are, PATH.1 being the latest; default 5",
+    ("rotate", "gzip"): "compress old files; default false",
+    ("tls", ""): "of a grpc channel: certificates, other than the host's CAs",
+    ("tls", "ca"): "PEM file of the CAs that may have signed the collector's certificate; default: the host's",
+    ("tls", "cert"): "PEM file of the certificate that is shown to the collector",
+    ("tls", "key"): "PEM file of its key",
+    ("tls", "server_name"): "the name in the collector's certificate; default: the host of path",
+    ("token_file", ""): "of a grpc channel: file of a token that is sent as bearer, read anew for each stream",
+    ("gzip", ""): "of a grpc channel: compress what is sent; the collector has to support it",
+    ("spool", ""): "of a grpc channel: where alerts wait that are not acknowledged, also across restarts",
+    ("spool", "dir"): "a directory of this channel's own; it is made when it is missing",
+    ("spool", "max_bytes"): "how large it may become; default 64 MiB",
+}
+
+
+def schema_option(name: str, kind: type, of: str = "") -> Dict[str, Any]:
+    """An option of a channel, or with `of` a member of that option."""
+    described = OPTION_DESCRIPTIONS[(of, name) if of else (name, "")]
+    if kind is str:
+        return schema_text(described, 1)
+    if kind is bool:
+        return {"type": "boolean", "description": described}
+    if kind is int:
+        least, most = OPTION_RANGES[of, name]
+        return {"type": "integer", "description": described, "minimum": least, "maximum": most}
+    required, optional = option_fields(kind)
+    option = schema_object(described, list(required), {
+        member: schema_option(member, inner, name) for member, inner in {**required, **optional}.items()})
+    return {**option, "dependencies": {"cert": ["key"], "key": ["cert"]}} if kind is TlsSpec else option
 
 
 def schema_filter() -> Dict[str, Any]:
@@ -5408,8 +5879,12 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
             aggregator.add(event)
 
     def tick() -> None:
+        if stop.reopen:
+            stop.reopen = False
+            aggregator.reopen()
         counts.tick(handle)
         aggregator.flush(time.time())
+        stop.stopped = stop.stopped or aggregator.ended
         uring.tick()
         status.tick()
 
