@@ -25,6 +25,8 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.parse
+import urllib.request
 from concurrent import futures
 from pathlib import Path
 
@@ -2326,6 +2328,8 @@ class TestKernelSide:
         dump = json.loads(subprocess.run(["bpftool", "-j", "btf", "dump", "file", "/sys/kernel/btf/vmlinux"],
                                          capture_output=True, check=True).stdout)
         info = next(k for k in dump["types"] if k["kind"] == "STRUCT" and k["name"] == "bpf_prog_info")
+        assert self.offsets(info)["run_time_ns"] == traceleft.PROG_INFO_RUN_TIME
+        assert self.offsets(info)["run_cnt"] == traceleft.PROG_INFO_RUN_COUNT
         assert self.offsets(info)["recursion_misses"] == traceleft.PROG_INFO_RECURSION_MISSES
         assert self.offsets(info)["verified_insns"] == traceleft.PROG_INFO_VERIFIED_INSNS
 
@@ -3573,6 +3577,294 @@ def make_certificates(folder):
 
 def resident_kib(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+class Served:
+    """A MetricsServer in a thread that serves as the main loop does; a context manager."""
+
+    def __init__(self, figures=None):
+        self.server = traceleft.MetricsServer(("127.0.0.1", 0))
+        self.server.figures = figures or (lambda: {"traceleft_lost_samples": [({}, 7)]})
+        self.port = self.server.listener.getsockname()[1]
+        self.stopping = False
+        self.thread = threading.Thread(target=self.loop)
+
+    def loop(self):
+        while not self.stopping:
+            select.select([self.server], [], [], 0.02)
+            self.server.serve()
+
+    def connect(self, data=b""):
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
+        connection.sendall(data)
+        return connection
+
+    def ask(self, data):
+        """(status, headers, body) of the response to some bytes."""
+        with self.connect(data) as connection:
+            response = b"".join(iter(lambda: connection.recv(65536), b""))
+        head, _, body = response.partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+    def get(self, path="/metrics", accept="", method="GET"):
+        return self.ask(f"{method} {path} HTTP/1.1\r\nHost: x\r\naccept: {accept}\r\n\r\n".encode())
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.stopping = True
+        self.thread.join(DEADLINE)
+        self.server.close()
+
+
+@pytest.fixture(scope="session")
+def prometheus_parsers():
+    """prometheus_client's: text -> families."""
+    return {openmetrics: importlib.import_module(f"prometheus_client.{name}parser").text_string_to_metric_families
+            for openmetrics, name in ((False, ""), (True, "openmetrics."))}
+
+
+class TestMetrics:
+    PROMETHEUS_ACCEPTS = ("application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+                          "text/plain;version=0.0.4;q=0.5,*/*;q=0.1")
+    HOSTILE = 'a"b\\c\nd\udcff\u2028é{}'
+
+    def figures(self):
+        account = traceleft.Account(self.HOSTILE, "open")
+        account.matched, account.passed, account.folded, account.alerts = 2**63, 12, 3, 4
+        account.deliver(10)
+        account.lose("write_failed", 2)
+        spec = parse_spec(a_spec(id="x", stream="é", group='"'))
+        found = traceleft.collections.defaultdict(list, traceleft.process_figures())
+        traceleft.filter_figures(found, account, spec.filters[0], "file")
+        return found
+
+    @pytest.mark.parametrize("openmetrics", [False, True])
+    def test_others_read_it_so(self, prometheus_parsers, openmetrics):
+        text = traceleft.format_metrics(self.figures(), openmetrics).decode()
+        families = {family.name: family for family in prometheus_parsers[openmetrics](text)}
+        (matched,) = families["traceleft_filter_matched_events"].samples
+        assert matched.value == 2**63 and matched.name == "traceleft_filter_matched_events_total"
+        assert matched.labels == {"filter": 'a"b\\c\nd\\udcff\u2028é{}', "event": "open", "channel": "1", "stream": "é", "group": '"'}
+        assert {s.labels["cause"]: s.value for s in families["traceleft_filter_lost_events"].samples} == {"queue_full": 0, "write_failed": 2}
+        if openmetrics:
+            assert families["traceleft_build"].type == "info" and families["process_resident_memory_bytes"].unit == "bytes"
+        assert all(family.documentation and family.type != "unknown" for family in families.values())
+
+    def test_promtool_has_nothing_to_say(self):
+        every = {name: [({"cause": "x"}, 1)] for name in traceleft.METRICS}
+        done = subprocess.run(["promtool", "check", "metrics"], input=traceleft.format_metrics(every, False), capture_output=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+    @pytest.mark.parametrize("accept, openmetrics", [
+        ("", False), ("*/*", False), (PROMETHEUS_ACCEPTS, True), ("text/plain", False), ("application/openmetrics-text", True),
+        ("application/openmetrics-text;q=0", False), ("application/openmetrics-text;q=0.3, text/plain;q=0.4", False),
+        ("application/openmetrics-text; q=nope", False), (",;,;q=;=", False),
+    ])
+    def test_negotiates(self, accept, openmetrics):
+        assert traceleft.prefers_openmetrics(accept) == openmetrics
+
+    def test_serves(self):
+        with Served() as served:
+            status, headers, body = served.get()
+            assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            assert b"traceleft_lost_samples_total 7\n" in body and int(headers["Content-Length"]) == len(body)
+            status, headers, body = served.get(accept=self.PROMETHEUS_ACCEPTS)
+            assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0") and body.endswith(b"# EOF\n")
+            assert served.get(method="HEAD")[::2] == (200, b"")
+            assert served.get("/?x=1")[0] == 200
+
+    @pytest.mark.parametrize("request_, status", [
+        (b"GET /x HTTP/1.1\r\n\r\n", 404), (b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\n", 405), (b"\r\n\r\n", 400),
+        (b"GET /metrics\r\n\r\n", 400), (b"\x16\x03\x01\x02\x00\x01\x00\x01\n\n", 400), (b"GET / SMTP/1.1\n\n", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 8192, 431), (b"GET /metrics HTTP/1.0\n\n", 200),
+    ])
+    def test_requests(self, request_, status):
+        with Served() as served:
+            assert served.ask(request_)[0] == status
+
+    def test_a_client_that_has_gone(self):
+        with Served() as served:
+            served.connect(b"GET /metrics").close()
+            reset = served.connect(b"GET /metrics HTTP/1.1\r\n")
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset.close()
+            assert served.get()[0] == 200
+            wait_until(lambda: not served.server.clients, "both are forgotten")
+
+    def test_slow_clients_hold_up_nobody(self, monkeypatch):
+        """One byte a client, more clients than there is room for, and some that do not read a large answer."""
+        monkeypatch.setattr(traceleft.MetricsServer, "CLIENT_TIMEOUT", 1.0)
+        large = {"traceleft_lost_samples": [({"x": "y" * 1000}, n) for n in range(20_000)]}
+        with Served(lambda: large) as served, contextlib.ExitStack() as stack:
+            for _ in range(8):
+                stack.enter_context(served.connect(b"GET /metrics HTTP/1.1\r\n\r\n"))
+            slow = [stack.enter_context(served.connect(b"G")) for _ in range(40)]
+            before = time.monotonic()
+            assert len(served.get()[2]) > 20_000_000
+            assert time.monotonic() - before < 5
+            assert len(served.server.clients) <= traceleft.MetricsServer.MAX_CLIENTS
+            wait_until(lambda: not served.server.clients, "all have had their time")
+            assert slow[-1].recv(1) == b""
+
+    def test_a_flood_of_requests_takes_the_figures_seldom(self):
+        taken = []
+        with Served(lambda: taken.append(1) or {}) as served:
+            for _ in range(100):
+                assert served.get()[0] == 200
+        assert len(taken) <= 20
+
+    def test_causes_of_loss_are_known(self):
+        """All that the program can count as lost by a channel is said as 0 from the start."""
+        named = set(re.findall(r"\.lose(?:_alert)?\(\s*\"(\w+)\"", SCRIPT.read_text()))
+        assert {"write_failed", "queue_full", "not_acknowledged"} <= named
+        assert named <= {cause for causes in traceleft.LOSS_CAUSES.values() for cause in causes}
+
+    @pytest.mark.parametrize("address, message", [
+        ("x", "invalid [HOST:]PORT value"), ("1:2:3", "invalid [HOST:]PORT value"), ("70000", "invalid [HOST:]PORT value")])
+    def test_a_malformed_address(self, address, message):
+        assert_one_line(run("trace", "open", "--metrics", address), 2, message)
+
+    def test_a_taken_port_and_a_foreign_address(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            for address, message in ((taken.getsockname()[:2], "in use"), (("192.0.2.1", 1), "assign"), (("nope.invalid", 1), "")):
+                with pytest.raises(traceleft.TraceleftError, match=f"cannot listen on {address[0]} port {address[1]}: .*{message}"):
+                    traceleft.MetricsServer(address)
+
+    @pytest.mark.parametrize("address, url, local", [
+        (("127.0.0.1", 0), r"http://127\.0\.0\.1:\d+/metrics", True), (("::1", 0), r"http://\[::1\]:\d+/metrics", True),
+        (("0.0.0.0", 0), r"http://0\.0\.0\.0:\d+/metrics", False)])
+    def test_where_it_listens(self, address, url, local):
+        server = traceleft.MetricsServer(address)
+        assert re.fullmatch(url, server.url) and server.is_local == local
+        server.close()
+
+
+class TestMonitoring:
+    """spec/monitoring, with Prometheus itself."""
+
+    FOLDER = HERE / "spec/monitoring"
+
+    def test_rules_are_valid(self):
+        for what, name in (("rules", "alerts.yml"), ("config", "prometheus.yml")):
+            done = subprocess.run(["promtool", "check", what, name], cwd=self.FOLDER, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    RULE_TEST = """
+rule_files: [{folder}/alerts.yml]
+evaluation_interval: 15s
+tests:
+  - interval: 15s
+    input_series:
+      - {{series: 'up{{job="traceleft",instance="down"}}', values: '1x4 0x40'}}
+      - {{series: 'traceleft_filter_lost_events_total{{instance="a",filter="f",cause="queue_full"}}', values: '0x8 50x40'}}
+      - {{series: 'traceleft_missed_total{{instance="a",cause="recursion_misses"}}', values: '0x8 3x40'}}
+      - {{series: 'traceleft_channel_failures_total{{instance="a",channel="1",type="grpc"}}', values: '0+1x60'}}
+      - {{series: 'traceleft_channel_queued{{instance="a",channel="1",type="grpc"}}', values: '9x60'}}
+      - {{series: 'traceleft_ring_used_bytes{{instance="a",ring="events"}}', values: '60x60'}}
+      - {{series: 'traceleft_ring_size_bytes{{instance="a",ring="events"}}', values: '100x60'}}
+      - {{series: 'traceleft_filter_passed_events_total{{instance="a",filter="f",stream="security",group="g"}}', values: '0x8 1x40'}}
+      - {{series: 'traceleft_filter_passed_events_total{{instance="a",filter="f",stream="other",group="g"}}', values: '0+9x40'}}
+    promql_expr_test:
+      - expr: count by (alertname) (ALERTS{{alertstate="firing"}})
+        eval_time: 6m
+        exp_samples: [{expected}]
+"""
+
+    def test_every_rule_fires_when_it_should(self, tmp_path):
+        names = re.findall(r"alert: (\w+)", (self.FOLDER / "alerts.yml").read_text())
+        assert len(names) >= 5
+        expected = ", ".join(f"{{labels: '{{alertname=\"{name}\"}}', value: 1}}" for name in names)
+        (tmp_path / "test.yml").write_text(self.RULE_TEST.format(folder=self.FOLDER, expected=expected))
+        done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @live[0]
+    @live[1]
+    def test_prometheus_scrapes_a_run(self, programs, tmp_path):
+        """Counts of a live run through Prometheus' API, and each query of the dashboard and of the rules."""
+        n = 12_345
+        spec = a_spec(f"filename == '{tmp_path}/f'", "frequency=100", id="opens", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["events"].append({**spec["events"][0], "id": "in python", "rule": f"regex(filename, '^{tmp_path}/f$')"})
+        with contextlib.ExitStack() as stack:
+            agent = stack.enter_context(Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--metrics", "0", "--summary", "-"))
+            url = re.search(r"metrics: (http://(127\.0\.0\.1:\d+)/metrics)", "\n".join(agent.stderr))
+            prometheus = stack.enter_context(Prometheus(tmp_path, url[2], self.FOLDER / "alerts.yml"))
+            stats = traceleft.Libbpf().library.bpf_enable_stats(0)  # BPF_STATS_RUN_TIME, while the descriptor is open
+            stack.callback(os.close, stats)
+            subprocess.run([programs["opens"], tmp_path / "f", str(n)], check=True)
+            matched = "traceleft_filter_matched_events_total"
+            wait_until(lambda: prometheus.values(matched, "filter") == {"opens": n, "in python": n}, "Prometheus has seen all of them")
+            assert prometheus.values("traceleft_filter_passed_events_total", "filter") == {"opens": n // 100, "in python": n // 100}
+            assert prometheus.values("traceleft_build_info", "version") == {traceleft.VERSION: 1}
+            assert prometheus.values("traceleft_filter_lost_events_total > 0", "cause") == {}
+            wait_until(lambda: prometheus.values("traceleft_program_runs_total", "program").get("sys_exit", 0) >= n, "runs are counted")
+            mean = prometheus.values("traceleft_program_run_seconds_total / traceleft_program_runs_total", "program")["sys_exit"]
+            assert 1e-8 < mean < 1e-4
+            assert prometheus.get("metadata")["traceleft_filter_lost_events"][0]["type"] == "counter"  # as OpenMetrics
+            assert prometheus.get("targets")["activeTargets"][0]["lastError"] == ""
+            assert len(prometheus.get("rules")["groups"][0]["rules"]) >= 5
+            for query in self.queries():
+                assert prometheus.query(query) is not None
+            scraped = urllib.request.urlopen(url[1], timeout=DEADLINE).read().decode()
+            assert subprocess.run(["promtool", "check", "metrics"], input=scraped, capture_output=True, text=True).stdout == ""
+            code, output = agent.stop()
+        assert code == 0 and [row["matched"] for row in json.loads(output)["filters"]] == [n, n]
+
+    def queries(self):
+        """The dashboard's, with Grafana's variables filled in; they name only metrics that there are."""
+        dashboard = json.loads((self.FOLDER / "grafana-dashboard.json").read_text())
+        queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+        assert len(queries) >= 8
+        known = {name + traceleft.SUFFIXES[metric.kind] for name, metric in traceleft.METRICS.items()}
+        rules = re.findall(r"expr: (.*)", (self.FOLDER / "alerts.yml").read_text())
+        for query in [*queries, *rules]:
+            assert set(re.findall(r"(?:traceleft|process)_\w+", query)) <= known
+        return [query.replace("$__rate_interval", "1m").replace("$instance", ".*") for query in queries] + rules
+
+
+class Prometheus:
+    """Debian's, scraping one target each second; a context manager."""
+
+    def __init__(self, folder, target, rules):
+        (folder / "prometheus.yml").write_text(f"global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: [{rules}]\n"
+                                               f"scrape_configs: [{{job_name: traceleft, static_configs: [{{targets: ['{target}']}}]}}]\n")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.log = folder / "prometheus.log"
+        self.process = subprocess.Popen(["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+                                         f"--web.listen-address={self.address}"], stdout=subprocess.DEVNULL, stderr=self.log.open("w"))
+
+    def __enter__(self):
+        def ready():
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError):
+                return urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=DEADLINE).status == 200
+        try:
+            wait_until(ready, "Prometheus is ready")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+
+    def get(self, path):
+        answer = json.load(urllib.request.urlopen(f"http://{self.address}/api/v1/{path}", timeout=DEADLINE))
+        assert answer["status"] == "success"
+        return answer["data"]
+
+    def query(self, text):
+        return self.get("query?" + urllib.parse.urlencode({"query": text}))["result"]
+
+    def values(self, text, label):
+        """The value of each series, by one of its labels."""
+        return {row["metric"].get(label, ""): float(row["value"][1]) for row in self.query(text)}
 
 
 class TestCollector:

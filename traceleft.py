@@ -4140,6 +4140,7 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "bpf_link__fd":                       (_int,     (_pointer,)),
     "bpf_link__destroy":                  (_int,     (_pointer,)),
     "bpf_iter_create":                    (_int,     (_int,)),
+    "bpf_enable_stats":                   (_int,     (_int,)),
     "bpf_map__fd":                        (_int,     (_pointer,)),
     "bpf_map__set_max_entries":           (_int,     (_pointer, ctypes.c_uint32)),
     "bpf_map__set_initial_value":         (_int,     (_pointer, _pointer, _size)),
@@ -4240,7 +4241,7 @@ MAX_SOCKETS = 65536            # TCP connections whose owner is known
 URING_OPCODES = 256
 WAKEUP_BYTES = 64 << 10
 PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
-PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 208, 216
+PROG_INFO_RUN_TIME, PROG_INFO_RUN_COUNT, PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 192, 200, 208, 216
 
 # include/uapi/linux/capability.h
 CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
@@ -4530,6 +4531,7 @@ class Tracer:
         self.ring: Any = None
         self.run: Any = None   # struct run, mapped
         self.counts: Any = None  # struct filter_counts of each CPU and filter, mapped
+        self.rings: Dict[str, Any] = {}  # the ring buffers' consumer and producer positions, mapped
         self.sizes: Dict[str, int] = {}  # entries of maps
         self.links: List[Any] = []
         self.clock_offset_ns = 0
@@ -4726,6 +4728,8 @@ class Tracer:
         # Level-triggered, the descriptor is ready whenever a single record is pending, although the kernel side wakes
         # only when many are: edge-triggered, it is ready when it was woken.
         self.epoll.modify(fd, select.EPOLLIN | select.EPOLLET)
+        self.rings = {name: mmap.mmap(self.map_fd(name), 2 * mmap.PAGESIZE, prot=mmap.PROT_READ)
+                      for name in ("events", "samples")}
 
     def attach(self) -> None:
         """Attaches to all that the plan needs. Raises HostError; what was attached by then is detached by close()."""
@@ -4894,6 +4898,22 @@ class Tracer:
                   for member, count in zip(self.tables.filters, counts) if member.spec is None}
         return {event: {cause: number for cause, number in found.items() if number} for event, found in causes.items()}
 
+    def run_times(self) -> Dict[str, Tuple[float, int]]:
+        """Attached program -> seconds that it ran and how often, since BPF stats are on; empty when they never were."""
+        programs = list(dict.fromkeys(attachment.program for attachment in self.attached))
+        found = {name: (self.program_info(name, PROG_INFO_RUN_TIME, "=Q") / 1e9,
+                        self.program_info(name, PROG_INFO_RUN_COUNT, "=Q")) for name in programs}
+        return found if any(runs for _, runs in found.values()) else {}
+
+    def ring_use(self) -> Dict[str, Tuple[int, int]]:
+        """Ring buffer -> bytes that wait in it, and its size."""
+        found = {}
+        for name, mapped in self.rings.items():
+            consumed, = struct.unpack_from("=Q", mapped)
+            produced, = struct.unpack_from("=Q", mapped, mmap.PAGESIZE)
+            found[name] = (produced - consumed, self.sizes[name])
+        return found
+
     def lost_samples(self) -> int:
         """Samples that did not fit into the ring buffer."""
         return sum(counts.ring_full for member, counts in zip(self.tables.filters, self.read_counts())
@@ -4911,10 +4931,11 @@ class Tracer:
             self.epoll.close()
             self.bpf.library.ring_buffer__free(self.ring)
             self.ring = None
-        for mapped in (self.run, self.counts):
+        for mapped in (self.run, self.counts, *self.rings.values()):
             if mapped is not None:
                 mapped.close()
         self.run = self.counts = None
+        self.rings = {}
         if self.object is not None:
             self.bpf.library.bpf_object__close(self.object)
             self.object = None
@@ -4993,7 +5014,7 @@ def boot_time() -> float:
 
 
 def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[], None], stop: StopSignals,
-             duration: Optional[float]) -> None:
+             duration: Optional[float], server: Optional[MetricsServer] = None) -> None:
     """Hands over events, and calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
     interval = POLL_INTERVAL if tracer.streams else 1.0
@@ -5001,10 +5022,14 @@ def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callab
     with selectors.DefaultSelector() as selector:
         selector.register(tracer, selectors.EVENT_READ)
         selector.register(stop, selectors.EVENT_READ)
+        if server is not None:
+            selector.register(server, selectors.EVENT_READ)
         while not stop.stopped and time.monotonic() < end:
             if not tracer.more:
                 selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
             handle(tracer.poll())
+            if server is not None:
+                server.serve()
             if boot_time() // 1 != second:
                 second = boot_time() // 1
                 tracer.set_clock()
@@ -5143,6 +5168,308 @@ class Printer:
                     say(f"cannot write to stdout: {error.strerror}")
                 self.failed = self.stop.stopped = True
         return not data
+
+
+# ======================================================================================================================
+# Metrics: Prometheus' text format and OpenMetrics over HTTP, served from the main loop
+# ======================================================================================================================
+
+Labels = Dict[str, str]
+Figures = Dict[str, List[Tuple[Labels, float]]]  # key of METRICS -> values
+
+
+class Metric(NamedTuple):
+    """One metric family. A counter's values are named `NAME_total`, an info's `NAME_info`."""
+
+    kind: str  # counter, gauge or info
+    unit: str  # which the name ends in
+    help: str
+
+
+METRICS: Dict[str, Metric] = {
+    # family                                 kind       unit       help
+    "traceleft_build":                Metric("info",    "",        "The program that is running."),
+    "traceleft_filter_matched_events": Metric("counter", "events", "Events that the filter's rule is true for."),
+    "traceleft_filter_passed_events": Metric("counter", "events",  "Events that its processing function let through."),
+    "traceleft_filter_folded_events": Metric("counter", "events",  "Events that matched, but did not pass."),
+    "traceleft_filter_delivered_events": Metric("counter", "events", "Events that delivered alerts stand for."),
+    "traceleft_filter_lost_events":   Metric("counter", "events",  "Events that passed but were not delivered."),
+    "traceleft_filter_alerts":        Metric("counter", "",        "Records that were handed to the filter's channel."),
+    "traceleft_unseen_events":        Metric("counter", "events",  "Events that no filter in Python has seen."),
+    "traceleft_missed":               Metric("counter", "",        "What the kernel side could not follow."),
+    "traceleft_lost_samples":         Metric("counter", "",        "Alerts whose sample did not fit into the ring."),
+    "traceleft_ring_size_bytes":      Metric("gauge",   "bytes",   "Size of a ring buffer."),
+    "traceleft_ring_used_bytes":      Metric("gauge",   "bytes",   "What is in a ring buffer and has not been read."),
+    "traceleft_program_runs":         Metric("counter", "",        "Runs of a BPF program, while BPF stats are on."),
+    "traceleft_program_run_seconds":  Metric("counter", "seconds", "Time of a BPF program, while BPF stats are on."),
+    "traceleft_channel_queued":       Metric("gauge",   "",        "Alerts that wait for a channel."),
+    "traceleft_channel_queued_bytes": Metric("gauge",   "bytes",   "Size of the alerts that wait for a channel."),
+    "traceleft_channel_sends":        Metric("counter", "",        "Writes or streams that succeeded."),
+    "traceleft_channel_failures":     Metric("counter", "",        "Writes or streams that failed."),
+    "traceleft_channel_reconnects":   Metric("counter", "",        "Times that a channel was opened again."),
+    "process_cpu_seconds":            Metric("counter", "seconds", "Time on a CPU, of the agent itself."),
+    "process_resident_memory_bytes":  Metric("gauge",   "bytes",   "Resident memory of the agent."),
+    "process_open_fds":               Metric("gauge",   "",        "Open descriptors of the agent."),
+    "process_start_time_seconds":     Metric("gauge",   "seconds", "When it started, in seconds since 1970."),
+}
+SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
+FILTER_FIGURES = ("matched", "passed", "folded", "delivered")
+CHANNEL_FIGURES = ("queued", "queued_bytes", "sends", "failures", "reconnects")  # of Channel.figures()
+# What a channel's alerts can be lost for: said from the start as 0, so that a query sees the first one as an increase.
+LOSS_CAUSES = {"file": ("queue_full", "write_failed"), "grpc": ("queue_full", "not_acknowledged"),
+               "": ("not_written",)}  # printing
+
+assert all(name.endswith(f"_{metric.unit}") for name, metric in METRICS.items() if metric.unit)
+
+
+def filter_figures(figures: Figures, account: Account, spec: Optional[Filter], channel_type: str) -> None:
+    """Adds one account's values."""
+    labels = {"filter": account.id, "event": account.event}
+    if spec is not None:
+        labels.update(channel=spec.channel, stream=spec.stream, group=spec.group)
+    with account.lock:
+        lost = {**dict.fromkeys(LOSS_CAUSES.get(channel_type, ()), 0), **account.lost}
+        for name in FILTER_FIGURES:
+            figures[f"traceleft_filter_{name}_events"].append((labels, getattr(account, name)))
+    figures["traceleft_filter_alerts"].append((labels, account.alerts))
+    figures["traceleft_filter_lost_events"] += [({**labels, "cause": cause}, count) for cause, count in lost.items()]
+
+
+def tracer_figures(figures: Figures, tracer: Tracer) -> None:
+    """Adds what the kernel side says."""
+    for event, causes in tracer.unseen().items():
+        labels = {"event": event, "cause": "ring_full"}
+        figures["traceleft_unseen_events"].append((labels, causes.get("ring_full", 0)))
+    figures["traceleft_lost_samples"].append(({}, tracer.lost_samples()))
+    missed = tracer.missed()
+    figures["traceleft_missed"] += [({"cause": cause}, missed.get(cause, 0)) for cause in MISSED]
+    for ring, (used, size) in tracer.ring_use().items():
+        figures["traceleft_ring_used_bytes"].append(({"ring": ring}, used))
+        figures["traceleft_ring_size_bytes"].append(({"ring": ring}, size))
+    for program, (seconds, runs) in tracer.run_times().items():
+        figures["traceleft_program_runs"].append(({"program": program}, runs))
+        figures["traceleft_program_run_seconds"].append(({"program": program}, seconds))
+
+
+def process_figures() -> Figures:
+    """The agent itself, and what it is."""
+    build = {"version": VERSION, "python": platform.python_version(), "kernel": platform.release(),
+             "machine": platform.machine()}
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return {"traceleft_build": [(build, 1)], "process_cpu_seconds": [({}, time.process_time())],
+            "process_resident_memory_bytes": [({}, resident)],
+            "process_open_fds": [({}, len(os.listdir("/proc/self/fd")))],
+            "process_start_time_seconds": [({}, time.time() - boot_time() + started)]}
+
+
+def run_figures(tracer: Tracer, accounts: Iterable[Account], spec: Optional[Spec] = None,
+                channels: Optional[Mapping[str, Any]] = None) -> Figures:
+    """All that there is to say of a run: `channels` are the spec's."""
+    figures: Figures = collections.defaultdict(list, process_figures())
+    filters = {member.id: member for member in spec.filters} if spec else {}
+    types = {channel.id: channel.type for channel in spec.channels} if spec else {}
+    for account in accounts:
+        member = filters.get(account.id)
+        filter_figures(figures, account, member, types[member.channel] if member else "")
+    tracer_figures(figures, tracer)
+    for name, channel in (channels or {}).items():
+        found = channel.figures()
+        for figure in CHANNEL_FIGURES:
+            if figure in found:
+                figures[f"traceleft_channel_{figure}"].append(({"channel": name, "type": types[name]}, found[figure]))
+    return figures
+
+
+LABEL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+def format_labels(labels: Labels) -> str:
+    shown = ",".join(f'{name}="{wire_text(value).translate(LABEL_ESCAPES)}"' for name, value in labels.items())
+    return f"{{{shown}}}" if shown else ""
+
+
+def format_metrics(figures: Figures, openmetrics: bool) -> bytes:
+    """The text format, version 0.0.4, or OpenMetrics 1.0.0, in the order of METRICS."""
+    lines = []
+    for name, metric in METRICS.items():
+        if name not in figures:
+            continue
+        sample = name + SUFFIXES[metric.kind]
+        family, kind = (name, metric.kind) if openmetrics else (sample, metric.kind.replace("info", "gauge"))
+        lines.append(f"# HELP {family} {metric.help}")
+        lines.append(f"# TYPE {family} {kind}")
+        if openmetrics and metric.unit:
+            lines.append(f"# UNIT {family} {metric.unit}")
+        lines += [f"{sample}{format_labels(labels)} {value}" for labels, value in figures[name]]
+    return "".join(line + "\n" for line in [*lines, *(["# EOF"] if openmetrics else [])]).encode()
+
+
+# Content types, without and with OpenMetrics
+TEXT_TYPES = ("text/plain; version=0.0.4; charset=utf-8", "application/openmetrics-text; version=1.0.0; charset=utf-8")
+
+
+def prefers_openmetrics(accept: str) -> bool:
+    """Whether an Accept header weighs OpenMetrics at least as much as plain text, and at all."""
+    weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for part in accept.split(","):
+        kind, *parameters = (word.strip() for word in part.split(";"))
+        quality = next((word[2:] for word in parameters if word.startswith("q=")), "1")
+        if kind in weights and re.fullmatch(r"[01](\.\d{0,3})?", quality):
+            weights[kind] = max(weights[kind], float(quality))
+    return weights["application/openmetrics-text"] >= max(weights["text/plain"], 0.001)
+
+
+@dataclass
+class HttpClient:
+    """One connection: what has come so far, and then what is left to send."""
+
+    socket: socket.socket
+    deadline: float  # monotonic seconds
+    received: bytes = b""
+    response: Sequence[memoryview] = ()
+
+
+class MetricsServer:
+    """An HTTP server that never blocks: `fileno()` is readable when serve() has something to do.
+
+    However many clients there are and whatever they do, it holds MAX_CLIENTS connections, reads MAX_REQUEST bytes of
+    each, gives it CLIENT_TIMEOUT seconds in all, and takes the figures at most once in MAX_AGE seconds.
+    """
+
+    MAX_CLIENTS, MAX_REQUEST = 16, 8192
+    CLIENT_TIMEOUT, MAX_AGE = 10.0, 0.5  # seconds
+    INDEX = b"traceleft.py: the metrics are at /metrics\n"
+
+    def __init__(self, address: Tuple[str, int]) -> None:
+        """Listens. Raises TraceleftError when it cannot listen there."""
+        self.figures: Callable[[], Figures] = dict  # set when there are some
+        self.clients: Dict[socket.socket, HttpClient] = {}  # the oldest first
+        self.rendered: Dict[bool, Tuple[float, bytes]] = {}  # OpenMetrics or not -> when, and the text
+        try:
+            family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            self.listener = socket.create_server(place[:2], family=family, backlog=self.MAX_CLIENTS)
+        except OSError as error:
+            raise TraceleftError(f"--metrics: cannot listen on {address[0]} port {address[1]}: {error.strerror}; "
+                                 "'ss -ltnp' tells who has a port") from None
+        self.listener.setblocking(False)
+        self.selector = selectors.EpollSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+
+    @property
+    def url(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this host's users reach it."""
+        return ipaddress.ip_address(self.listener.getsockname()[0].partition("%")[0]).is_loopback
+
+    def fileno(self) -> int:
+        return self.selector.fileno()
+
+    def serve(self) -> None:
+        """Does what can be done at once."""
+        for key, _ in self.selector.select(0):
+            if key.fileobj is self.listener:
+                self.accept()
+            else:
+                self.advance(key.data)
+        now = time.monotonic()
+        for client in list(itertools.takewhile(lambda client: client.deadline < now, self.clients.values())):
+            self.drop(client)
+
+    def accept(self) -> None:
+        try:
+            connection, _ = self.listener.accept()
+        except OSError:  # it has gone again, or there are no descriptors left: the next serve() tries
+            return
+        if len(self.clients) >= self.MAX_CLIENTS:
+            self.drop(next(iter(self.clients.values())))
+        connection.setblocking(False)
+        client = self.clients[connection] = HttpClient(connection, time.monotonic() + self.CLIENT_TIMEOUT)
+        self.selector.register(connection, selectors.EVENT_READ, client)
+
+    def advance(self, client: HttpClient) -> None:
+        """Reads or writes once."""
+        if client.socket not in self.clients:  # dropped for another one that came in the same round
+            return
+        try:
+            done = self.send(client) if client.response else self.receive(client)
+        except BlockingIOError:
+            return
+        except OSError:
+            done = True
+        if done:
+            self.drop(client)
+
+    def receive(self, client: HttpClient) -> bool:
+        """Whether the client is through with."""
+        data = client.socket.recv(self.MAX_REQUEST)
+        client.received += data
+        if b"\r\n\r\n" not in client.received and b"\n\n" not in client.received:
+            if len(client.received) <= self.MAX_REQUEST:
+                return not data
+            client.response = http_response("431 Request Header Fields Too Large")
+        else:
+            client.response = self.answer(client.received)
+        self.selector.modify(client.socket, selectors.EVENT_WRITE, client)
+        return False
+
+    @staticmethod
+    def send(client: HttpClient) -> bool:
+        """Whether all of the response has been sent."""
+        first, *rest = client.response
+        first = first[client.socket.send(first):]
+        client.response = [first, *rest] if first else rest
+        return not client.response
+
+    def answer(self, request: bytes) -> Sequence[memoryview]:
+        """The response to a request's head."""
+        lines = request.decode("latin-1").splitlines()
+        words = lines[0].split(" ") if lines else []
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            return http_response("400 Bad Request")
+        method, path = words[0], words[1].partition("?")[0]
+        if method not in ("GET", "HEAD"):
+            return http_response("405 Method Not Allowed", headers="Allow: GET, HEAD\r\n")
+        if path not in ("/", "/metrics"):
+            return http_response("404 Not Found")
+        if path == "/":
+            return http_response("200 OK", self.INDEX, head_only=method == "HEAD")
+        accept = ",".join(line.partition(":")[2] for line in lines if line.lower().startswith("accept:"))
+        openmetrics = prefers_openmetrics(accept)
+        return http_response("200 OK", self.text(openmetrics), TEXT_TYPES[openmetrics], head_only=method == "HEAD")
+
+    def text(self, openmetrics: bool) -> bytes:
+        """The metrics, at most MAX_AGE seconds old."""
+        now = time.monotonic()
+        when, text = self.rendered.get(openmetrics, (-self.MAX_AGE, b""))
+        if now - when >= self.MAX_AGE:
+            text = format_metrics(self.figures(), openmetrics)
+            self.rendered[openmetrics] = now, text
+        return text
+
+    def drop(self, client: HttpClient) -> None:
+        del self.clients[client.socket]
+        self.selector.unregister(client.socket)
+        client.socket.close()
+
+    def close(self) -> None:
+        for client in list(self.clients.values()):
+            self.drop(client)
+        self.selector.close()
+        self.listener.close()
+
+
+def http_response(status: str, body: Optional[bytes] = None, content_type: str = "text/plain; charset=utf-8",
+                  headers: str = "", head_only: bool = False) -> Sequence[memoryview]:
+    """Head and body, the body without a copy; without one, it is the status."""
+    body = f"{status}\n".encode() if body is None else body
+    head = (f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n{headers}"
+            "Connection: close\r\n\r\n").encode()
+    return [memoryview(head)] if head_only or not body else [memoryview(head), memoryview(body)]
 
 
 # ======================================================================================================================
@@ -5826,12 +6153,28 @@ def command_trace(options: argparse.Namespace) -> int:
     with StopSignals() as stop:
         tables = Tables(spec.filters) if spec else Tables((), plan, PRINTED_FIELDS)
         tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
+        server = None
         try:
             check_summary(options.summary)
+            server = open_metrics(options.metrics)
             tracer.load()
-            return trace_spec(tracer, spec, stop, options) if spec else trace_print(tracer, stop, options)
+            return trace_spec(tracer, spec, stop, options, server) if spec else \
+                trace_print(tracer, stop, options, server)
         finally:
             tracer.close()
+            if server is not None:
+                server.close()
+
+
+def open_metrics(address: Optional[Tuple[str, int]]) -> Optional[MetricsServer]:
+    """The server that --metrics asks for. Raises TraceleftError."""
+    if address is None:
+        return None
+    server = MetricsServer(address)
+    say(f"metrics: {server.url}")
+    if not server.is_local:
+        say("warning: whoever reaches this host can read the metrics: there is no authentication")
+    return server
 
 
 def check_summary(path: Optional[str]) -> None:
@@ -5863,7 +6206,8 @@ def say_ready(tracer: Tracer, what: str) -> None:
     say(f"ready: {what}; attached to {', '.join(names)}")
 
 
-def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace) -> int:
+def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
+               server: Optional[MetricsServer]) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
     aggregator = Aggregator(spec, insecure=options.collector_insecure,
                             counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
@@ -5890,8 +6234,10 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
 
     try:
         tracer.attach()
+        if server is not None:
+            server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
         say_ready(tracer, f"{len(spec.filters)} filter{'s' if len(spec.filters) > 1 else ''}")
-        run_loop(tracer, handle, tick, stop, options.duration)
+        run_loop(tracer, handle, tick, stop, options.duration, server)
         tick()
     finally:
         aggregator.close()
@@ -5899,12 +6245,15 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     return report(tracer, accounts, options.summary)
 
 
-def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace) -> int:
+def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
+                server: Optional[MetricsServer]) -> int:
     """Prints every event until stopped, or until nobody reads."""
     printer = Printer(tracer.plan, stop)
     tracer.attach()
+    if server is not None:
+        server.figures = lambda: run_figures(tracer, printer.accounts.values())
     say_ready(tracer, "printing every event")
-    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration)
+    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration, server)
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
@@ -6179,6 +6528,12 @@ def parse_ring_size(text: str) -> int:
     return value
 
 
+def parse_metrics_address(text: str) -> Tuple[str, int]:
+    """`[HOST:]PORT`; without a host, this one only."""
+    return parse_address(text if ":" in text else f"127.0.0.1:{text}")
+
+
+parse_metrics_address.__name__ = "[HOST:]PORT"
 parse_duration.__name__ = "number of seconds above 0"  # argparse names the type in its error
 parse_ring_size.__name__ = "power of two from 4096 to 2147483648"
 
@@ -6203,6 +6558,8 @@ def build_parser() -> Parser:
     trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
                        help=f"ring buffer, a power of two (default {STREAM_RING_BYTES} where events are printed or a "
                             f"rule needs Python; for samples at most {SAMPLE_RING_BYTES})")
+    trace.add_argument("--metrics", type=parse_metrics_address, metavar="[HOST:]PORT",
+                       help="serve Prometheus metrics; without HOST to this host only (port 0 takes a free one)")
     trace.add_argument("-v", "--verbose", action="store_true", help="show libbpf's log")
     trace.set_defaults(run=command_trace)
 
