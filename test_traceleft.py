@@ -2275,7 +2275,7 @@ class TestKernelSide:
 
     def test_matcher_and_vector(self, btf):
         offsets = self.offsets(btf["matcher"])
-        assert list(offsets) == ["words", "needed", "vector", "first_row", "dimension_count", "reserved", "dimensions"]
+        assert list(offsets) == ["words", "needed", "vector", "first_row", "dimension_count", "only_argument", "dimensions"]
         assert offsets["dimensions"] == traceleft.MATCHER.size
         assert btf["matcher"]["size"] == traceleft.MATCHER.size + traceleft.MAX_DIMENSIONS * traceleft.DIMENSION.size
         assert btf["vector"]["size"] == traceleft.VECTOR_SIZE

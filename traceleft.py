@@ -2573,7 +2573,9 @@ class Tables:
             fields |= 1 << dimension.field
             packed += (self.pack_integers if dimension.kind == DIMENSION_INTEGER else self.pack_texts)(dimension, rows)
         words = (len(rows) + 63) // 64
-        head = MATCHER.pack(words, fields, self.vector((1 << len(rows)) - 1), first_row, len(self.dimensions[event]), 0)
+        only = next((i for i in range(MAX_ARGS) if fields == 1 << i), MAX_ARGS)
+        head = MATCHER.pack(words, fields, self.vector((1 << len(rows)) - 1), first_row, len(self.dimensions[event]),
+                            only)
         return (head + packed).ljust(MATCHER.size + MAX_DIMENSIONS * DIMENSION.size, b"\0")
 
     def vector(self, bits: int) -> int:
@@ -4682,7 +4684,7 @@ class Tracer:
         rows: Dict[int, List[int]] = {}
         for row, source in enumerate(self.sources):
             number = syscall_number(source.syscall.name) if source.syscall and not source.silent else None
-            if number is not None and self.sees_all:
+            if number is not None:
                 rows.setdefault(number, []).append(row)
         return ((struct.pack("=I", number), SYSCALL_ROWS.pack(found[0], len(found))) for number, found in rows.items())
 

@@ -436,9 +436,9 @@ static __always_inline __u64 cgroup_path(struct record *record)
  * Fetching: from registers and memory to struct record
  */
 
-static __always_inline const struct pt_regs *current_registers(void)
+static __always_inline const struct pt_regs *task_registers(struct task_struct *task)
 {
-	return (void *)bpf_task_pt_regs(current_task());
+	return (void *)bpf_task_pt_regs(task);
 }
 
 static __always_inline void read_registers(const struct pt_regs *regs, __u64 *registers)
@@ -532,6 +532,8 @@ __noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
 	return (at - begin) | (__u64)begin << 32;
 }
 
+#define ALL_ARGUMENTS ((1U << MAX_SLOTS) - 1)
+
 static __always_inline void fetch_argument(struct record *record, const struct source *source, __u32 i)
 {
 	const struct argument *argument = &source->arguments[i];
@@ -570,7 +572,6 @@ static __always_inline __u32 pid_namespace(struct task_struct *task)
 /* Fetches the fields of the mask that have not been yet: what was matched is what is shown. */
 __noinline int fetch(struct record *record, const struct source *source, __u32 mask)
 {
-
 	if (!record || !source)
 		return 0;
 	mask &= ~record->done;
@@ -745,13 +746,27 @@ __noinline int equals_literal(const struct record *record, __u32 offset, __u32 l
 	return word && *word == text_tail(record, offset + words * 8, tail);
 }
 
+/* The vector of a text among those of a dimension. */
+__noinline __u32 find_text(const struct record *record, __u32 offset, __u32 length, const struct dimension *dimension)
+{
+	struct text_key key = { .length = length };
+	struct text *text;
+
+	if (!record || !dimension)
+		return 0;
+	key.dimension = dimension->id;
+	key.hash = hash_text(record, offset, length, hash_seeds[0]);
+	text = bpf_map_lookup_elem(&texts, &key);
+	if (text && equals_literal(record, offset, length, text->literal))
+		return text->vector;
+	return dimension->vector;
+}
+
 /* The vector that the event's text has in a dimension. */
 static __always_inline __u32 text_vector(const struct record *record, const struct dimension *dimension)
 {
 	__u64 value = record->values[dimension->field % FIELDS];
 	__u32 length = value, offset = value >> 32;
-	struct text_key key = { .dimension = dimension->id };
-	struct text *text;
 
 	if (dimension->kind != DIMENSION_WHOLE) {
 		if (length < dimension->length)
@@ -763,19 +778,19 @@ static __always_inline __u32 text_vector(const struct record *record, const stru
 	if (dimension->count == 1) /* one text needs no table */
 		return dimension->vector + (length == dimension->length &&
 					    equals_literal(record, offset, length, dimension->first));
-	key.length = length;
-	key.hash = hash_text(record, offset, length, hash_seeds[0]);
-	text = bpf_map_lookup_elem(&texts, &key);
-	if (text && equals_literal(record, offset, length, text->literal))
-		return text->vector;
-	return dimension->vector;
+	return find_text(record, offset, length, dimension);
 }
 
 /* The vector of the interval that the event's integer lies in: binary search for the first bound above it. */
-static __always_inline __u32 integer_vector(const struct record *record, const struct dimension *dimension)
+__noinline __u32 integer_vector(const struct record *record, const struct dimension *dimension)
 {
-	__u64 value = (record->values[dimension->field % FIELDS] & dimension->and_mask) ^ dimension->xor_mask;
-	__u32 low = 0, high = dimension->count;
+	__u32 low = 0, high;
+	__u64 value;
+
+	if (!record || !dimension)
+		return 0;
+	value = (record->values[dimension->field % FIELDS] & dimension->and_mask) ^ dimension->xor_mask;
+	high = dimension->count;
 
 	for (int step = 0; step <= MAX_BOUNDS_LOG2 && low < high; step++) {
 		__u32 middle = (low + high) / 2, place = dimension->first + middle;
@@ -791,20 +806,23 @@ static __always_inline __u32 integer_vector(const struct record *record, const s
 	return dimension->vector + low;
 }
 
+static __always_inline struct vector *dimension_vector(const struct record *record, const struct dimension *dimension)
+{
+	__u32 place = dimension->kind == DIMENSION_INTEGER ? integer_vector(record, dimension) :
+							     text_vector(record, dimension);
+
+	return bpf_map_lookup_elem(&vectors, &place);
+}
+
 /* Keeps the rows that the dimension does not rule out. Returns whether there are any. */
 __noinline int match_dimension(struct record *record, const struct matcher *matcher, __u32 index)
 {
-	const struct dimension *dimension;
 	struct vector *vector;
 	__u64 any = 0;
-	__u32 place;
 
 	if (!record || !matcher || index >= MAX_DIMENSIONS)
 		return 0;
-	dimension = &matcher->dimensions[index];
-	place = dimension->kind == DIMENSION_INTEGER ? integer_vector(record, dimension) :
-						       text_vector(record, dimension);
-	vector = bpf_map_lookup_elem(&vectors, &place);
+	vector = dimension_vector(record, &matcher->dimensions[index]);
 	if (!vector)
 		return 0;
 	for (__u32 i = 0; i < MAX_WORDS; i++) {
@@ -816,13 +834,17 @@ __noinline int match_dimension(struct record *record, const struct matcher *matc
 	return any != 0;
 }
 
-static __always_inline bool match(struct record *record, const struct matcher *matcher)
+__noinline int match_dimensions(struct record *record, const struct matcher *matcher)
 {
-	__u32 place = matcher->vector;
-	struct vector *vector = bpf_map_lookup_elem(&vectors, &place);
+	struct vector *vector;
+	__u32 place;
 
+	if (!record || !matcher)
+		return 0;
+	place = matcher->vector;
+	vector = bpf_map_lookup_elem(&vectors, &place);
 	if (!vector)
-		return false;
+		return 0;
 	for (__u32 i = 0; i < MAX_WORDS; i++) {
 		if (i >= matcher->words)
 			break;
@@ -832,9 +854,21 @@ static __always_inline bool match(struct record *record, const struct matcher *m
 		if (i >= matcher->dimension_count)
 			break;
 		if (!match_dimension(record, matcher, i))
-			return false;
+			return 0;
 	}
-	return true;
+	return 1;
+}
+
+/* Leaves the rows that are true in the record. The short way is for what most specs are: few rows, one condition. */
+static __always_inline bool match(struct record *record, const struct matcher *matcher)
+{
+	struct vector *vector;
+
+	if (matcher->words != 1 || matcher->dimension_count != 1)
+		return match_dimensions(record, matcher);
+	vector = dimension_vector(record, &matcher->dimensions[0]);
+	record->rows[0] = vector ? vector->words[0] : 0;
+	return record->rows[0];
 }
 
 /* ---------------------------------------------------------------------------------------------------------------
@@ -856,15 +890,17 @@ static __always_inline __u64 count_in_second(struct group *group, __u64 second)
 	return 0; /* held back, as if it was among the first */
 }
 
-/* sigma. traceleft.py's class Sigma is the model. */
-static __always_inline bool passes(struct group *group, const struct filter *filter, const struct record *record)
+/* sigma: `threshold`, then `frequency`. traceleft.py's class Sigma is the model. */
+static __always_inline bool held_back(struct group *group, const struct filter *filter, const struct record *record)
 {
-	if (filter->threshold &&
-	    count_in_second(group, record->header.timestamp_ns / NSEC_PER_SEC) <= filter->threshold)
-		return false;
-	if (filter->frequency <= 1)
-		return true;
-	return (__sync_fetch_and_add(&group->counted, 1) + 1) % filter->frequency == 0;
+	return filter->threshold &&
+	       count_in_second(group, record->header.timestamp_ns / NSEC_PER_SEC) <= filter->threshold;
+}
+
+static __always_inline bool is_turn(struct group *group, const struct filter *filter)
+{
+	return filter->frequency <= 1 ||
+	       (__sync_fetch_and_add(&group->counted, 1) + 1) % filter->frequency == 0;
 }
 
 /* The hash of the values of the filter's `by` fields. */
@@ -968,8 +1004,23 @@ static __always_inline void submit(struct record *record, const struct filter *f
 		counts->submitted++;
 }
 
+/* The event as a record in the ring. */
+__noinline int give(struct record *record, const struct source *source, const struct filter *filter, __u32 index)
+{
+	__u32 place = bpf_get_smp_processor_id() * filter_count + index;
+	struct filter_counts *counts = bpf_map_lookup_elem(&filter_counts, &place);
+
+	if (!record || !source || !filter || !counts)
+		return 0;
+	complete(record, source, filter, index);
+	submit(record, filter, counts);
+	return 0;
+}
+
 /* Counts the event for the filter of a row that is true. */
-__noinline int count_row(struct record *record, const struct source *source, __u32 row)
+__noinline int count_row(struct record *record, const struct source *source, __u32 row);
+
+static __always_inline int count_inline(struct record *record, const struct source *source, __u32 row, bool plain)
 {
 	__u32 *index = bpf_map_lookup_elem(&rows, &row), filter_index, place, now = run.tick;
 	struct filter_counts *counts;
@@ -977,19 +1028,23 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 	struct group *group;
 	struct filter *filter;
 
-	if (!record || !source || !index || *index == record->filter)
+	if (!index || *index == record->filter)
 		return 0;
-	filter_index = record->filter = *index;
+	filter_index = *index;
 	filter = bpf_map_lookup_elem(&filters, &filter_index);
 	state = bpf_map_lookup_elem(&filter_states, &filter_index);
 	place = bpf_get_smp_processor_id() * filter_count + filter_index;
 	counts = bpf_map_lookup_elem(&filter_counts, &place);
 	if (!filter || !state || !counts)
 		return 0;
+	if (plain && (filter->by_count || filter->threshold))
+		return count_row(record, source, row);
+	record->filter = filter_index;
 	counts->matched++;
 	if (!(filter->flags & FILTER_STREAM)) {
-		group = filter->by_count ? find_group(record, filter, filter_index, state) : 0;
-		if (!passes(group ? group : &state->group, filter, record)) {
+		group = !plain && filter->by_count ? find_group(record, filter, filter_index, state) : 0;
+		if ((!plain && held_back(group ? group : &state->group, filter, record)) ||
+		    !is_turn(group ? group : &state->group, filter)) {
 			counts->folded++;
 			return 0;
 		}
@@ -997,9 +1052,13 @@ __noinline int count_row(struct record *record, const struct source *source, __u
 		if (state->sampled == now || __sync_lock_test_and_set(&state->sampled, now) == now)
 			return 0;
 	}
-	complete(record, source, filter, filter_index);
-	submit(record, filter, counts);
+	give(record, source, filter, filter_index);
 	return 0;
+}
+
+__noinline int count_row(struct record *record, const struct source *source, __u32 row)
+{
+	return record && source ? count_inline(record, source, row, false) : 0;
 }
 
 /* The place of the lowest bit that is set; value is not 0. BPF has no instruction for it. */
@@ -1023,7 +1082,13 @@ __noinline int count_word(struct record *record, const struct source *source, __
 
 static __always_inline void count(struct record *record, const struct source *source, const struct matcher *matcher)
 {
+	__u64 word = record->rows[0];
+
 	record->filter = NO_FILTER;
+	if (matcher->words == 1 && !(word & (word - 1))) {
+		count_inline(record, source, matcher->first_row + lowest_bit(word), true);
+		return;
+	}
 	for (__u32 i = 0; i < MAX_WORDS; i++) {
 		if (i >= matcher->words)
 			break;
@@ -1032,11 +1097,18 @@ static __always_inline void count(struct record *record, const struct source *so
 	}
 }
 
-/* The event that the record holds, for all filters of its type. */
+/* The event that the record holds, for all filters of its type. What most specs need is inline: where a CPU's mitigations
+ * make returns slow, a call costs as much as ten look-ups in a table. */
 static __always_inline void deliver(struct record *record, const struct source *source, const struct matcher *matcher)
 {
-	if (matcher->needed & ~record->done)
-		fetch_all(record, source, matcher->needed);
+	__u32 missing = matcher->needed & ~record->done, only = matcher->only_argument;
+
+	if (missing && only < MAX_ARGS) {
+		record->done |= missing;
+		fetch_argument(record, source, only);
+	} else if (missing) {
+		fetch_all(record, source, missing);
+	}
 	if (match(record, matcher))
 		count(record, source, matcher);
 }
@@ -1103,17 +1175,15 @@ static __always_inline bool resume_call(struct record *record, __u32 row, __u32 
 	return record->row == row && record->pid == pid; /* else it is what a task left behind that had its address */
 }
 
-#define ALL_ARGUMENTS ((1U << MAX_SLOTS) - 1)
-
-static __always_inline int syscall(__u32 row, const struct pt_regs *regs, __s64 ret, bool at_entry)
+/* One of the event types that the call becomes. Its registers are in the record. */
+static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, __s64 ret, bool at_entry)
 {
-	__u32 pid = bpf_get_current_pid_tgid() >> 32, event;
 	struct source *source = bpf_map_lookup_elem(&sources, &row);
-	struct record *record = own_record(0);
 	struct matcher *matcher;
 	__u64 program_id, key;
+	__u32 event;
 
-	if (!source || !record || !wanted_process(source, pid, &program_id))
+	if (!source || !wanted_process(source, pid, &program_id))
 		return 0;
 	event = source->event;
 	matcher = bpf_map_lookup_elem(&matchers, &event);
@@ -1128,7 +1198,6 @@ static __always_inline int syscall(__u32 row, const struct pt_regs *regs, __s64 
 		deliver(record, source, matcher);
 		return 0;
 	}
-	read_registers(regs, record->registers);
 	for (int i = 0; i < MAX_ARGS; i++)
 		if (source->only_fdcwd >> i & 1 && (__s32)record->registers[i] != AT_FDCWD)
 			return 0;
@@ -1154,13 +1223,26 @@ static __always_inline int syscall(__u32 row, const struct pt_regs *regs, __s64 
 	return 0;
 }
 
-/* The event types that one syscall becomes. The cookie is the first row of `sources`, and their number << 32. */
-static __always_inline int syscall_rows(__u64 cookie, const struct pt_regs *regs, __s64 ret, bool at_entry)
+__noinline int other_row(struct record *record, __u32 row, __u32 pid, __s64 ret, int at_entry)
 {
-	for (__u32 i = 0; i < MAX_ROWS_OF_SYSCALL; i++) {
+	return record ? syscall(record, row, pid, ret, at_entry) : 0;
+}
+
+/* The event types that one syscall becomes, mostly one. The cookie is the first row of `sources`, and their number << 32. */
+static __always_inline int syscall_rows(__u64 cookie, struct task_struct *task, const struct pt_regs *regs, __s64 ret,
+					bool at_entry)
+{
+	struct record *record = own_record(0);
+	__u32 pid = task->tgid; /* read so, it costs no call */
+
+	if (!record || !(cookie >> 32))
+		return 0;
+	read_registers(regs, record->registers);
+	syscall(record, cookie, pid, ret, at_entry);
+	for (__u32 i = 1; i < MAX_ROWS_OF_SYSCALL; i++) {
 		if (i >= cookie >> 32)
 			break;
-		syscall((__u32)cookie + i, regs, ret, at_entry);
+		other_row(record, (__u32)cookie + i, pid, ret, at_entry);
 	}
 	return 0;
 }
@@ -1169,14 +1251,23 @@ static __always_inline int syscall_rows(__u64 cookie, const struct pt_regs *regs
 SEC("tp")
 int sys_exit(struct sys_exit_context *context)
 {
-	return syscall_rows(bpf_get_attach_cookie(context), current_registers(), context->ret, false);
+	__u32 number = context->nr;
+	struct syscall_rows *found = bpf_map_lookup_elem(&syscalls, &number);
+	struct task_struct *task = current_task();
+	__u64 rows = found ? found->first | (__u64)found->count << 32 : 0;
+
+	if (!(rows >> 32)) /* newer than traceleft.py's table of numbers */
+		rows = bpf_get_attach_cookie(context);
+	return syscall_rows(rows, task, task_registers(task), context->ret, false);
 }
 
 /* The same for syscalls/sys_enter_*, where the arguments do not outlive the call, or it does not return. */
 SEC("tp")
 int sys_enter(struct sys_exit_context *context)
 {
-	return syscall_rows(bpf_get_attach_cookie(context), current_registers(), 0, true);
+	struct task_struct *task = current_task();
+
+	return syscall_rows(bpf_get_attach_cookie(context), task, task_registers(task), 0, true);
 }
 
 /* Whether the task is in a call of the 32-bit table: its numbers mean other syscalls. */
@@ -1185,8 +1276,8 @@ static __always_inline bool in_compat_syscall(struct task_struct *task)
 	struct thread_info___x86_64 *info = (void *)&task->thread_info;
 
 	if (bpf_core_field_exists(struct pt_regs___x86_64, di))
-		return BPF_CORE_READ(info, status) & 2; /* TS_COMPAT, arch/x86/include/asm/thread_info.h */
-	return BPF_CORE_READ(task, thread_info.flags) >> 22 & 1; /* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
+		return info->status & 2; /* TS_COMPAT, arch/x86/include/asm/thread_info.h */
+	return task->thread_info.flags >> 22 & 1; /* TIF_32BIT, arch/arm64/include/asm/thread_info.h */
 }
 
 /* Instead of sys_exit where most of a host's syscalls are named: one program for all of them. */
@@ -1195,6 +1286,7 @@ int every_sys_exit(__u64 *context)
 {
 	struct pt_regs *regs = (void *)context[0];
 	struct syscall_rows *found;
+	struct task_struct *task;
 	__u32 number;
 
 	if (bpf_core_field_exists(struct pt_regs___x86_64, di))
@@ -1202,9 +1294,12 @@ int every_sys_exit(__u64 *context)
 	else
 		number = BPF_CORE_READ((struct pt_regs___aarch64 *)regs, syscallno);
 	found = bpf_map_lookup_elem(&syscalls, &number); /* x32 calls have numbers beyond it */
-	if (!found || !found->count || in_compat_syscall(current_task()))
+	if (!found || !found->count)
 		return 0;
-	return syscall_rows(found->first | (__u64)found->count << 32, regs, context[1], false);
+	task = current_task(); /* not before: every call of a function shows in what is added to every syscall */
+	if (in_compat_syscall(task))
+		return 0;
+	return syscall_rows(found->first | (__u64)found->count << 32, task, regs, context[1], false);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------

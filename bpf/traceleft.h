@@ -165,7 +165,7 @@ struct matcher {
 	__u32 vector;     /* all rows */
 	__u32 first_row;  /* place in `rows` of bit 0 */
 	__u32 dimension_count;
-	__u32 reserved;
+	__u32 only_argument; /* all that is needed; MAX_ARGS: more or other */
 	struct dimension dimensions[MAX_DIMENSIONS];
 };
 
