@@ -1647,7 +1647,7 @@ class TestGrpcChannel:
         monkeypatch.setattr(traceleft, "MAX_QUEUE_BYTES", 1000)
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
         aggregator = self.run_seconds(1, 50)
-        assert aggregator.channels["1"].queue_bytes <= 1000
+        assert aggregator.channels["1"].figures()["queued_bytes"] <= 1000
         aggregator.close()
         lost = aggregator.accounts["open-0"].lost
         assert lost["queue_full"] > 0 and sum(lost.values()) == 100

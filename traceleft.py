@@ -55,6 +55,7 @@ import threading
 import time
 import uuid
 import warnings
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
@@ -3372,12 +3373,284 @@ def wire_text(text: str) -> str:
 
 
 # ======================================================================================================================
+# Backlog: alerts that wait for their acknowledgement, in memory or in a spool directory that survives the agent
+# ======================================================================================================================
+
+EARLIER = -1                          # owner of what an earlier run has left behind
+SPOOL_RECORD = struct.Struct("<II")   # bytes of the body, and their CRC-32
+SPOOL_BODY = struct.Struct("<iQQ")    # owner, count and lost, before the data
+SPOOL_CURSOR = struct.Struct("<QQI")  # segment, offset, and the CRC-32 of these two
+SPOOL_SEGMENT_BYTES = 1 << 20         # a segment is removed as a whole, so that no more than this is kept for nothing
+SPOOL_FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+SEGMENT_NAME = re.compile(r"([0-9]{12})\.spool")
+
+
+class Queued(NamedTuple):
+    """One alert that waits."""
+
+    owner: int    # index in the channel's `owners`, or EARLIER
+    events: int   # the alert's count
+    lost: int
+    data: bytes   # as it is sent
+
+
+def pack_spooled(entry: Queued) -> bytes:
+    """A record of a spool."""
+    body = SPOOL_BODY.pack(entry.owner, entry.events, entry.lost) + entry.data
+    return SPOOL_RECORD.pack(len(body), zlib.crc32(body)) + body
+
+
+def read_spooled(data: bytes) -> Iterator[Tuple[int, Queued]]:
+    """The records that are whole, up to the first one that is not, each with the offset of its end."""
+    offset = 0
+    while offset + SPOOL_RECORD.size <= len(data):
+        length, checksum = SPOOL_RECORD.unpack_from(data, offset)
+        offset += SPOOL_RECORD.size
+        body = data[offset:offset + length]
+        if not SPOOL_BODY.size <= length == len(body) or zlib.crc32(body) != checksum:
+            return
+        offset += length
+        owner, events, lost = SPOOL_BODY.unpack_from(body)
+        yield offset, Queued(owner, events, lost, body[SPOOL_BODY.size:])
+
+
+def check_spool_directory(path: str) -> None:
+    """Raises OSError when the directory cannot be made, or when others could write to it."""
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        parent = os.path.dirname(os.path.abspath(path))
+        if not os.path.isdir(parent):
+            raise
+        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(errno.EACCES, "it is another user's, or others can write to it: chmod 700")
+
+
+class Spool:
+    """Records in numbered files, the segments; the file `cursor` says how far they have been acknowledged.
+
+    What was written survives the agent, and after a crash of the host what the disk has got of it. A record that is not
+    whole is never sent. One process has it at a time.
+    """
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self.path, self.max_bytes = path, max_bytes
+        self.segment_bytes = min(SPOOL_SEGMENT_BYTES, max_bytes // 4)
+        self.sizes: Dict[int, int] = {}  # segment -> bytes of whole records, ascending
+        self.waiting = 0                 # records behind the cursor
+        self.pending: Dict[int, int] = collections.defaultdict(int)  # owner -> sum of count of these
+        self.cursor = (0, 0)             # segment and offset of the oldest record that waits
+        self.ends: List[Tuple[int, int, Queued]] = []  # of what head() has returned: segment, end, entry
+        self.directory = self.lock = self.writer = self.cursor_file = -1
+        self.failing = False
+
+    def open(self) -> None:
+        """Takes over what an earlier run has left behind. Raises OSError."""
+        check_spool_directory(self.path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path, 0o700)
+        self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.lock = os.open("lock", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another agent or channel uses it") from None
+        self.cursor_file = os.open("cursor", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
+        self.cursor = self.read_cursor()
+        for name in sorted(os.listdir(self.directory)):
+            match = SEGMENT_NAME.fullmatch(name)
+            if match:
+                self.take_over(int(match[1]))
+        self.own = max([self.cursor[0], *self.sizes]) + 1  # the first segment of this run
+        self.forget_segments()
+
+    def read_cursor(self) -> Tuple[int, int]:
+        data = os.pread(self.cursor_file, SPOOL_CURSOR.size, 0)
+        if len(data) == SPOOL_CURSOR.size:
+            segment, offset, checksum = SPOOL_CURSOR.unpack(data)
+            if zlib.crc32(data[:16]) == checksum:
+                return segment, offset
+        return 0, 0  # then something is sent twice, and nothing is left out
+
+    def take_over(self, segment: int) -> None:
+        """Notes what waits in a segment; a record at its end that is not whole is cut off."""
+        data = self.read(segment, 0)
+        end = 0
+        for end, entry in read_spooled(data):
+            if (segment, end) > self.cursor:
+                self.waiting += 1
+                self.pending[EARLIER] += entry.events
+        if end < len(data):
+            say(f"{escape(self.path)}: {len(data) - end} bytes behind the last whole record of a segment are cut off")
+            os.truncate(self.open_segment(segment, os.O_RDWR), end)
+        self.sizes[segment] = end
+
+    def open_segment(self, segment: int, flags: int) -> int:
+        return os.open(f"{segment:012}.spool", flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.directory)
+
+    def read(self, segment: int, offset: int, size: Optional[int] = None) -> bytes:
+        """What is in a segment from the offset on, at most up to `size`."""
+        fd = self.open_segment(segment, os.O_RDONLY)
+        try:
+            return os.pread(fd, (os.fstat(fd).st_size if size is None else size) - offset, offset)
+        finally:
+            os.close(fd)
+
+    def append(self, entry: Queued) -> bool:
+        """Whether it is on disk now; not, when the directory is full or cannot be written."""
+        record = pack_spooled(entry)
+        if sum(self.sizes.values()) + len(record) > self.max_bytes:
+            return False
+        try:
+            self.write(record)
+        except OSError as error:
+            if not self.failing:
+                say(f"cannot write to the spool {escape(self.path)}: {error.strerror}; alerts are kept in memory")
+            self.failing = True
+            return False
+        self.failing = False
+        self.waiting += 1
+        self.pending[entry.owner] += entry.events
+        return True
+
+    def write(self, record: bytes) -> None:
+        """All of the record, or OSError and no more than a part that is never read."""
+        last = max(self.sizes, default=0)
+        if self.writer < 0 or self.sizes[last] + len(record) > self.segment_bytes:
+            self.close_writer()
+            last = max(last + 1, self.own)
+            self.writer = self.open_segment(last, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
+            self.sizes[last] = 0
+        try:
+            written = os.write(self.writer, record)
+            if written < len(record):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.writer, self.sizes[last])
+            self.close_writer()  # the next record begins another segment, whatever is at the end of this one
+            raise
+        self.sizes[last] += len(record)
+
+    def close_writer(self) -> None:
+        if self.writer >= 0:
+            os.close(self.writer)
+            self.writer = -1
+
+    def head(self, limit: int) -> List[Queued]:
+        """The oldest records that wait. Raises OSError when they cannot be read."""
+        self.ends = []
+        segment, offset = self.cursor
+        for segment in [number for number in self.sizes if number >= segment]:
+            begin = offset if segment == self.cursor[0] else 0
+            if begin >= self.sizes[segment]:
+                continue
+            for end, entry in read_spooled(self.read(segment, begin, self.sizes[segment])):
+                if segment < self.own:
+                    entry = entry._replace(owner=EARLIER)
+                self.ends.append((segment, begin + end, entry))
+                if len(self.ends) == limit:
+                    return [entry for _, _, entry in self.ends]
+            if self.ends[-1:] == [] or self.ends[-1][:2] != (segment, self.sizes[segment]):
+                break  # a record is broken: nothing behind it is sent before it
+        if not self.ends and self.waiting:
+            raise OSError(errno.EIO, f"the spool {self.path} is damaged")
+        return [entry for _, _, entry in self.ends]
+
+    def pop(self, count: int) -> None:
+        """The first `count` of what head() has returned are acknowledged."""
+        for segment, end, entry in self.ends[:count]:
+            self.cursor = segment, end
+            self.waiting -= 1
+            self.pending[entry.owner] -= entry.events
+        packed = struct.pack("<QQ", *self.cursor)
+        with contextlib.suppress(OSError):  # then it is sent twice after a restart
+            os.pwrite(self.cursor_file, packed + struct.pack("<I", zlib.crc32(packed)), 0)
+        self.forget_segments()
+
+    def forget_segments(self) -> None:
+        """Removes what lies before the cursor."""
+        for segment in [number for number in self.sizes if number < self.cursor[0]]:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{segment:012}.spool", dir_fd=self.directory)
+            del self.sizes[segment]
+
+    def sync(self) -> None:
+        """Brings to the disk what has been written: it may have to last."""
+        with contextlib.suppress(OSError):
+            os.fdatasync(self.writer)
+
+    def close(self) -> None:
+        self.sync()
+        self.close_writer()
+        for fd in (self.cursor_file, self.lock, self.directory):
+            if fd >= 0:
+                os.close(fd)
+        self.cursor_file = self.lock = self.directory = -1
+
+
+class Backlog:
+    """Alerts in strict order: a receiver takes a Sequence below the latest one for something that was sent again.
+
+    They are on disk as long as a spool takes them, the later ones in memory, up to MAX_QUEUE_BYTES.
+    """
+
+    def __init__(self, spool: Optional[Spool] = None) -> None:
+        self.spool = spool
+        self.memory: Deque[Queued] = collections.deque()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.memory) + self.spooled
+
+    @property
+    def spooled(self) -> int:
+        """How many are on disk."""
+        return self.spool.waiting if self.spool is not None else 0
+
+    def append(self, entry: Queued) -> bool:
+        """Whether there was room for it."""
+        if self.spool is not None and not self.memory and self.spool.append(entry):
+            return True
+        if self.bytes + len(entry.data) > MAX_QUEUE_BYTES:
+            return False
+        self.memory.append(entry)
+        self.bytes += len(entry.data)
+        return True
+
+    def head(self, limit: int) -> List[Queued]:
+        """The oldest ones. Raises OSError when they cannot be read."""
+        if self.spool is not None and self.spooled:
+            return self.spool.head(limit)
+        return list(itertools.islice(self.memory, limit))
+
+    def pop(self, count: int) -> None:
+        """The first `count` of what head() has returned are settled."""
+        if self.spool is not None and self.spooled:
+            self.spool.pop(count)
+            return
+        for _ in range(count):
+            self.bytes -= len(self.memory.popleft().data)
+
+    def spill(self) -> None:
+        """Brings to the disk what is in memory, as far as there is room."""
+        while self.spool is not None and self.memory and self.spool.append(self.memory[0]):
+            self.bytes -= len(self.memory.popleft().data)
+
+
+# ======================================================================================================================
 # gRPC channel: a thread sends, so that a slow or absent collector never holds up reading
 # ======================================================================================================================
 
 MAX_STREAM_ALERTS = 1000
 ACK_TIMEOUT = 10.0                # seconds until a stream without an acknowledgement counts as failed
 BACKOFF_MIN, BACKOFF_MAX = 0.2, 10.0  # seconds
+KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 10_000  # while a stream is open: servers forbid it at other times
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
               "/etc/ssl/cert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem")
 
@@ -3393,49 +3666,152 @@ def system_roots() -> bytes:
                     "or use --collector-insecure for a collector without TLS")
 
 
+def read_token(path: str) -> str:
+    """The bearer token in a file. Raises OSError, also for what is no token."""
+    with Path(path).open("rb") as file:
+        token = file.read(65537).strip()
+    if not re.fullmatch(rb"[\x21-\x7e]{1,65536}", token):
+        raise OSError(errno.EINVAL, "it has to hold one line of printable characters without spaces")
+    return token.decode("ascii")
+
+
+def check_certificates(tls: TlsSpec) -> None:
+    """Raises OSError when the files cannot be used; grpcio itself would only say so when it connects."""
+    ssl: Any = importlib.import_module("ssl")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    loads: Tuple[Tuple[str, Callable[[], Any]], ...] = (
+        (tls.ca, lambda: context.load_verify_locations(tls.ca)), (tls.key, lambda: None),
+        (tls.cert, lambda: context.load_cert_chain(tls.cert, tls.key, password="")))
+    for path, load in loads:
+        try:
+            if path:
+                Path(path).read_bytes()
+                load()
+        except OSError as error:  # ssl.SSLError is one
+            reason = getattr(error, "reason", None) or error.strerror
+            raise OSError(error.errno, f"cannot use {escape(path)}: {reason}") from None
+
+
 class GrpcChannel(Channel):
     """Queues alerts and sends them in short streams; what a collector does not acknowledge is sent again."""
 
     noun: ClassVar[str] = "alerts"  # in messages: what is in the queue
+    spool_part: ClassVar[str] = ""  # directory below that of the spool
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
         super().__init__(spec, accounts)
         self.name = spec.path  # in messages
         self.insecure = insecure
-        self.queue: Deque[Tuple[Account, int, bytes]] = collections.deque()  # account, count, serialized Metric
-        self.queue_bytes = 0
+        self.owners: List[Account] = []
+        self.owner_numbers: Dict[Account, int] = {}
+        self.backlog = Backlog(Spool(os.path.join(spec.spool.dir, self.spool_part), spec.spool.max_bytes)
+                               if spec.spool is not None else None)
         self.agent = wire_text(f"{uuid.uuid4()}/{spec.id}")  # of this run: what is sent again can be told from new
         self.sequence = 0
         self.changed = threading.Condition()
         self.flushed = False              # the thread may send what is in the queue
         self.deadline: Optional[float] = None  # set by close(), monotonic seconds
+        self.batch_size = MAX_STREAM_ALERTS
         self.call: Any = None
+        self.token = ""
         self.failing = False
+        self.sends = self.failures = self.reconnects = 0
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
 
     def problem(self) -> Optional[str]:
         import_optional("grpc")
         import_optional("google.protobuf")
-        if not self.insecure:
+        tls, token = self.spec.tls, self.spec.token_file
+        if self.insecure and (tls or token):
+            raise UsageError(f"channel '{escape(self.spec.id)}' has {'tls' if tls else 'token_file'}, and "
+                             "--collector-insecure would send in the clear: leave out one of them")
+        if not self.insecure and not (tls and tls.ca):
             system_roots()
+        what = "tls"
+        try:
+            check_certificates(tls or TlsSpec())
+            what = f"cannot read token_file {escape(token)}"
+            if token:
+                read_token(token)
+            what = f"cannot use spool.dir {escape(self.spec.spool.dir)}" if self.spec.spool else ""
+            if self.spec.spool:
+                check_spool_directory(self.spec.spool.dir)
+        except OSError as error:
+            return f"channel '{escape(self.spec.id)}': {what}: {error.strerror}"
         return None
 
     def open(self) -> None:
         self.grpc = import_optional("grpc")
-        options = [("grpc.enable_http_proxy", 0)]
-        if self.insecure:
-            self.connection = self.grpc.insecure_channel(self.spec.path, options)
-        else:
-            credentials = self.grpc.ssl_channel_credentials(root_certificates=system_roots())
-            self.connection = self.grpc.secure_channel(self.spec.path, credentials, options)
+        try:
+            self.connection = self.connect()
+            if self.backlog.spool is not None:
+                self.open_spool(self.backlog.spool)
+        except OSError as error:
+            raise TraceleftError(f"channel '{escape(self.spec.id)}': {error.strerror}") from None
         self.prepare()
+        self.bind()
         self.thread.start()
+
+    def open_spool(self, spool: Spool) -> None:
+        try:
+            if self.spool_part:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(os.path.dirname(spool.path), 0o700)
+            spool.open()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot use spool.dir {escape(spool.path)}: {error.strerror}") from None
+        self.flushed = spool.waiting > 0
+        if spool.waiting:
+            say(f"{escape(spool.path)}: {spool.waiting} {self.noun} of earlier runs are sent first")
+
+    def connect(self) -> Any:
+        """A new connection, for which names are resolved and certificates read anew. Raises OSError."""
+        options: List[Tuple[str, Any]] = [
+            ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS), ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            ("grpc.service_config_disable_resolution", 1)]
+        if self.spec.path.startswith(DNS_SCHEME):
+            options.append(("grpc.lb_policy_name", "round_robin"))
+        if self.insecure:
+            return self.grpc.insecure_channel(self.spec.path, options)
+        tls = self.spec.tls or TlsSpec()
+        if tls.server_name:
+            options.append(("grpc.ssl_target_name_override", tls.server_name))
+        roots, key, cert = [Path(path).read_bytes() if path else None for path in (tls.ca, tls.key, tls.cert)]
+        credentials = self.grpc.ssl_channel_credentials(roots or system_roots(), key, cert)
+        return self.grpc.secure_channel(self.spec.path, credentials, options)
+
+    def reconnect(self) -> None:
+        """After a failure: the collector may have moved, its connection may be dead, certificates may be new."""
+        try:
+            connection = self.connect()
+        except (OSError, TraceleftError) as error:
+            say(f"{escape(self.name)}: cannot read certificates: {error}; the old ones are used")
+            return
+        self.connection.close()
+        self.connection = connection
+        self.reconnects += 1
+        self.bind()
+
+    def metadata(self) -> Optional[Tuple[Tuple[str, str], ...]]:
+        """What goes with each call; a token file that cannot be read now leaves the token as it was."""
+        if not self.spec.token_file:
+            return None
+        try:
+            self.token = read_token(self.spec.token_file)
+        except OSError as error:
+            if not self.failing:
+                say(f"cannot read {escape(self.spec.token_file)}: {error.strerror}; the token that was read is used")
+        return (("authorization", f"Bearer {self.token}"),)
 
     # What the protocol consists of: another one overrides these
 
     def prepare(self) -> None:
-        """Readies messages and rpc; the connection is there."""
+        """Readies messages."""
         self.wire = build_wire()
+
+    def bind(self) -> None:
+        """Readies the rpc for a new connection."""
         self.process = self.connection.stream_unary(WIRE_METHOD, request_serializer=bytes,
                                                     response_deserializer=self.wire["Empty"].FromString)
 
@@ -3448,57 +3824,89 @@ class GrpcChannel(Channel):
         """What is settled with an alert."""
         return alert.count
 
-    def take_batch(self) -> List[Tuple[Account, int, bytes]]:
+    def take_batch(self) -> List[Queued]:
         """The begin of the queue that is sent at once."""
-        return list(itertools.islice(self.queue, MAX_STREAM_ALERTS))
+        return self.backlog.head(self.batch_size)
 
     def begin_call(self, batch: List[bytes], timeout: float) -> Any:
         """Sends; returns the future of the answer."""
-        return self.process.future(iter(batch), timeout=timeout)
+        return self.process.future(iter(batch), **self.call_options(timeout))
 
-    def settle(self, account: Account, count: int) -> None:
+    def settle(self, account: Account, entry: Queued) -> None:
         """An alert that has been answered."""
-        account.deliver(count)
+        account.deliver(entry.events)
+
+    def call_options(self, timeout: float) -> Dict[str, Any]:
+        return {"timeout": timeout, "metadata": self.metadata(),
+                "compression": self.grpc.Compression.Gzip if self.spec.gzip else None}
 
     def send(self, alert: Alert) -> None:
         account = self.accounts[alert.filter.id]
         data = self.encode(alert)
         if not data:
             return
+        owner = self.owner_numbers.setdefault(account, len(self.owners))
+        if owner == len(self.owners):
+            self.owners.append(account)
+        entry = Queued(owner, self.worth(alert), alert.lost, data)
         with self.changed:
-            if self.queue_bytes + len(data) > MAX_QUEUE_BYTES:
-                account.lose("queue_full", self.worth(alert))
-                return
-            self.queue.append((account, self.worth(alert), data))
-            self.queue_bytes += len(data)
+            taken = self.backlog.append(entry)
+        if not taken:
+            account.lose_alert("queue_full", entry.events, entry.lost)
 
     def flush(self) -> None:
         with self.changed:
-            self.flushed = bool(self.queue)
+            self.flushed = len(self.backlog) > 0
             self.changed.notify()
+
+    def figures(self) -> Dict[str, int]:
+        with self.changed:
+            return {"queued": len(self.backlog), "queued_bytes": self.backlog.bytes, "sends": self.sends,
+                    "failures": self.failures, "reconnects": self.reconnects}
 
     def run(self) -> None:
         """The thread: one stream per flush; after a failure it waits, longer each time, and sends again."""
         backoff = BACKOFF_MIN
         while True:
-            with self.changed:
-                while not self.flushed and self.deadline is None:
-                    self.changed.wait()
-                if not self.queue or self.remaining() <= 0:
-                    if self.deadline is not None:
-                        return
-                    self.flushed = False
-                    continue
-                batch = self.take_batch()
-            problem = self.send_stream([data for _, _, data in batch])
-            if problem is None:
+            batch, problem = self.next_batch()
+            if not batch and not problem:
+                return
+            problem = problem or self.send_stream([entry.data for entry in batch]) or ""
+            if not problem:
                 self.acknowledged(batch)
                 backoff = BACKOFF_MIN
                 continue
+            self.failures += 1
             self.report(problem)
-            with self.changed:
-                self.changed.wait(min(backoff, max(self.remaining(), 0)))
+            self.back_off(backoff * (0.5 + os.urandom(1)[0] / 510))  # so that a host's agents do not come all at once
             backoff = min(2 * backoff, BACKOFF_MAX if self.deadline is None else BACKOFF_MIN)
+            if problem.startswith("DEADLINE_EXCEEDED"):
+                self.batch_size = max(self.batch_size // 4, 1)
+            self.reconnect()
+
+    def next_batch(self) -> Tuple[List[Queued], str]:
+        """What to send, once there is something; or why it cannot be read. Neither: it is time to end."""
+        with self.changed:
+            while True:
+                self.changed.wait_for(lambda: self.flushed or self.deadline is not None)
+                if len(self.backlog) and self.remaining() > 0:
+                    break
+                if self.deadline is not None:
+                    return [], ""
+                self.flushed = False
+            try:
+                return self.take_batch(), ""
+            except OSError as error:
+                return [], error.strerror or "the spool cannot be read"
+
+    def back_off(self, seconds: float) -> None:
+        """Waits, but not any more when the end of the run begins; meanwhile what is spooled gets to the disk."""
+        if self.backlog.spool is not None:
+            self.backlog.spool.sync()
+        with self.changed:
+            closing = self.deadline is not None
+            self.changed.wait_for(lambda: self.deadline is not None and not closing,
+                                  min(seconds, max(self.remaining(), 0)))
 
     def remaining(self) -> float:
         """Seconds that are left to deliver."""
@@ -3515,14 +3923,16 @@ class GrpcChannel(Channel):
             return f"{error.code().name}: {error.details()}" if hasattr(error, "code") else str(error)
         return None
 
-    def acknowledged(self, batch: List[Tuple[Account, int, bytes]]) -> None:
+    def acknowledged(self, batch: List[Queued]) -> None:
         with self.changed:
-            for account, count, data in batch:
-                self.queue.popleft()
-                self.queue_bytes -= len(data)
-                self.settle(account, count)
-            if not self.queue:
+            self.backlog.pop(len(batch))
+            self.sends += len(batch)
+            if not len(self.backlog):
                 self.flushed = False
+        for entry in batch:
+            if entry.owner != EARLIER:
+                self.settle(self.owners[entry.owner], entry)
+        self.batch_size = min(2 * self.batch_size, MAX_STREAM_ALERTS)
         if self.failing:
             say(f"{escape(self.name)} acknowledges again")
         self.failing = False
@@ -3541,16 +3951,31 @@ class GrpcChannel(Channel):
 
     def close(self) -> None:
         self.begin_close()
-        self.thread.join(max(self.remaining(), 0.0))
-        if self.thread.is_alive() and self.call is not None:
-            self.call.cancel()
-        self.thread.join()
-        for account, count, _ in self.queue:
-            account.lose("not_acknowledged", count)
-        if self.queue:
-            say(f"{escape(self.name)}: {len(self.queue)} {self.noun} were not acknowledged and are lost")
-            self.queue.clear()
+        if self.thread.ident is not None:
+            self.thread.join(max(self.remaining(), 0.0))
+            if self.thread.is_alive() and self.call is not None:
+                self.call.cancel()
+            self.thread.join()
         self.connection.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Accounts for what is left: in the spool for the next run, or lost."""
+        self.backlog.spill()
+        spool, memory = self.backlog.spool, self.backlog.memory
+        if spool is not None:
+            if spool.waiting:
+                say(f"{escape(self.name)}: {spool.waiting} {self.noun} were not acknowledged, and wait in "
+                    f"{escape(spool.path)} for the next run")
+            for owner, count in spool.pending.items():
+                if count and owner != EARLIER:
+                    self.owners[owner].lose("in_spool", count)
+            spool.close()
+        if memory:
+            say(f"{escape(self.name)}: {len(memory)} {self.noun} were not acknowledged and are lost")
+        for entry in memory:
+            self.owners[entry.owner].lose_alert("not_acknowledged", entry.events, entry.lost)
+        memory.clear()
 
 
 # ======================================================================================================================
@@ -3659,13 +4084,15 @@ class OtlpSignal(GrpcChannel):
         self.messages = import_otlp(f"{self.signal}.v1.{self.signal}_pb2")
         self.rpc = build_messages("status.proto", "traceleft.rpc", RPC_MESSAGES)
         self.request = getattr(service, f"Export{self.service}Request")
-        self.process = self.connection.unary_unary(
-            f"/{OTLP_PROTO}.collector.{self.signal}.v1.{self.service}/Export",
-            request_serializer=self.request.SerializeToString,
-            response_deserializer=getattr(service, f"Export{self.service}Response").FromString)
+        self.response = getattr(service, f"Export{self.service}Response")
         resource = import_otlp("resource.v1.resource_pb2").Resource
         self.resource = resource(attributes=self.attributes(resource_attributes(self.instance)))
         self.scope = self.common.InstrumentationScope(name="traceleft", version=VERSION)
+
+    def bind(self) -> None:
+        self.process = self.connection.unary_unary(
+            f"/{OTLP_PROTO}.collector.{self.signal}.v1.{self.service}/Export",
+            request_serializer=self.request.SerializeToString, response_deserializer=self.response.FromString)
 
     def attributes(self, values: Attributes) -> List[Any]:
         """KeyValues; bytes that are no UTF-8 appear as \\udc80 to \\udcff, as in the format json."""
@@ -3674,13 +4101,14 @@ class OtlpSignal(GrpcChannel):
                                      else any_value(int_value=wrap_int(value, "int64")))
                 for key, value in values.items()]
 
-    def take_batch(self) -> List[Tuple[Account, int, bytes]]:
+    def take_batch(self) -> List[Queued]:
         batch = super().take_batch()
-        sizes = itertools.accumulate(len(data) for _, _, data in batch)
+        sizes = itertools.accumulate(len(entry.data) for entry in batch)
         return batch[:max(sum(size <= MAX_REQUEST_BYTES for size in sizes), 1)]
 
     def begin_call(self, batch: List[bytes], timeout: float) -> Any:
-        return self.process.future(self.merge(self.request.FromString(b"".join(batch))), timeout=timeout)
+        return self.process.future(self.merge(self.request.FromString(b"".join(batch))),
+                                   **self.call_options(timeout))
 
     def merge(self, request: Any) -> Any:
         """A request of many alerts, each with a resource of its own, with what they share said once."""
@@ -3721,11 +4149,11 @@ class OtlpSignal(GrpcChannel):
             say(f"{escape(self.name)}: {escape(why)}")
         self.refusing = True
 
-    def settle(self, account: Account, count: int) -> None:
+    def settle(self, account: Account, entry: Queued) -> None:
         if self.refusal:
-            account.lose("rejected", count)
+            account.lose_alert("rejected", entry.events, entry.lost)
         else:
-            account.deliver(count)
+            account.deliver(entry.events)
 
     def retry_delay(self, error: Any) -> float:
         """The seconds that the server asks to wait, by a RetryInfo in its status' details; 0 when it does not."""
@@ -3749,6 +4177,7 @@ class OtlpSignal(GrpcChannel):
 class OtlpMetrics(OtlpSignal):
     """Counts as delta sums. The sums of a filter's points are its totals up to the latest alert."""
 
+    spool_part = "metrics"
     signal, service, rejected_field, items = "metrics", "MetricsService", "rejected_data_points", "data points"
     METRICS = (
         ("traceleft.events.matched", "Events that matched the filter's rule."),
@@ -3792,6 +4221,7 @@ class OtlpLogs(OtlpSignal):
     """Samples as log records."""
 
     noun = "samples"
+    spool_part = "logs"
     signal, service, rejected_field, items = "logs", "LogsService", "rejected_log_records", "log records"
 
     def prepare(self) -> None:
@@ -3850,6 +4280,10 @@ class OtlpChannel(Channel):
     def flush(self) -> None:
         for part in self.parts:
             part.flush()
+
+    def figures(self) -> Dict[str, int]:
+        figures = [part.figures() for part in self.parts]
+        return {name: sum(part[name] for part in figures) for name in figures[0]}
 
     def begin_close(self) -> None:
         for part in self.parts:
