@@ -5920,17 +5920,37 @@ class Received(NamedTuple):
     event: str
 
 
+MAX_RECEIVED_STREAM = 64 << 20  # bytes of one stream, more than an agent's whole queue
+MAX_STREAM_TIME = 30.0         # seconds that one stream may take: an agent gives up after a third of that
+MAX_RECEIVED_AGENTS = 65536    # whose latest Sequence is known
+MAX_RECEIVED_ROWS = 10000      # what comes later is counted together, as `other`
+MAX_RECEIVED_NAME = 256        # characters of a host's or an event's name
+
+
+class CollectorTls(NamedTuple):
+    """What a collector with TLS needs, as the content of PEM files."""
+
+    cert: bytes
+    key: bytes
+    client_ca: Optional[bytes] = None  # with it, only clients with a certificate that it has signed are let in
+
+
 class Collector:
     """Counts received Metrics per host and event name; its server runs in threads of grpcio."""
 
-    def __init__(self, address: str) -> None:
-        """Listens. Raises HostError without grpcio and TraceleftError when it cannot listen there."""
+    def __init__(self, address: str, tls: Optional[CollectorTls] = None, token: str = "") -> None:
+        """Listens. Raises HostError without grpcio and TraceleftError when it cannot listen there.
+
+        With a token, only streams that carry it are accepted.
+        """
         self.grpc = import_optional("grpc")
         self.wire = build_wire()
         self.lock = threading.Lock()
         self.counts: Dict[Received, int] = collections.defaultdict(int)
         self.alerts: Dict[Received, int] = collections.defaultdict(int)
-        self.latest: Dict[str, int] = {}  # agent -> sequence number of its latest alert
+        self.latest: Dict[bytes, int] = collections.OrderedDict()  # digest of an agent -> its latest Sequence
+        self.token = f"Bearer {token}".encode() if token else b""
+        self.streams: Dict[Any, float] = {}  # under way -> since when, monotonic seconds
         futures = importlib.import_module("concurrent.futures")
         self.server = self.grpc.server(futures.ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         handler = self.grpc.stream_unary_rpc_method_handler(
@@ -5939,7 +5959,11 @@ class Collector:
         service, method = WIRE_METHOD[1:].split("/")
         self.server.add_generic_rpc_handlers((self.grpc.method_handlers_generic_handler(service, {method: handler}),))
         try:
-            self.port = self.server.add_insecure_port(address)
+            if tls is None:
+                self.port = self.server.add_insecure_port(address)
+            else:
+                self.port = self.server.add_secure_port(address, self.grpc.ssl_server_credentials(
+                    [(tls.key, tls.cert)], tls.client_ca, tls.client_ca is not None))
         except RuntimeError:
             self.port = 0
         if not self.port:
@@ -5949,16 +5973,59 @@ class Collector:
 
     def process(self, stream: Iterable[Any], context: Any) -> Any:
         """The rpc: counts a stream's metrics once it is complete, since an incomplete one is sent again."""
-        metrics = list(stream)
+        self.check_token(context)
+        metrics = self.read_stream(stream, context)
         with self.lock:
             for metric in metrics:
-                if metric.Agent and metric.Sequence <= self.latest.get(metric.Agent, 0):
-                    continue  # sent again, because our acknowledgement did not arrive
-                self.latest[metric.Agent] = metric.Sequence
-                key = Received(metric.Host or context.peer(), metric.CommonEvent.Name)
-                self.counts[key] += metric.Count
-                self.alerts[key] += 1
+                if not self.is_double(metric.Agent, metric.Sequence):
+                    self.count(metric, context.peer())
         return self.wire["Empty"]()
+
+    def read_stream(self, stream: Iterable[Any], context: Any) -> List[Any]:
+        """All of a stream; ends the rpc of one that is too large."""
+        metrics, size = [], 0
+        self.streams[context] = time.monotonic()
+        try:
+            for metric in stream:
+                metrics.append(metric)
+                size += metric.ByteSize()
+                if size > MAX_RECEIVED_STREAM:
+                    context.abort(self.grpc.StatusCode.RESOURCE_EXHAUSTED,
+                                  f"a stream has at most {MAX_RECEIVED_STREAM} bytes")
+        finally:
+            del self.streams[context]
+        return metrics
+
+    def check_token(self, context: Any) -> None:
+        """Ends the rpc when it does not carry the token."""
+        given = dict(context.invocation_metadata()).get("authorization", "")
+        compare = importlib.import_module("hmac").compare_digest  # in a time that tells nothing
+        if self.token and not compare(given.encode("utf-8", "replace"), self.token):
+            context.abort(self.grpc.StatusCode.UNAUTHENTICATED, "the token is missing or wrong")
+
+    def is_double(self, agent: str, sequence: int) -> bool:
+        """Whether it has been counted: it was sent again, because our acknowledgement did not arrive."""
+        if not agent:
+            return False  # of an agent that does not number what it sends
+        digest = blake2b(agent.encode(), digest_size=16).digest()
+        latest = self.latest.pop(digest, 0)
+        self.latest[digest] = max(latest, sequence)  # those that sent last are last
+        if len(self.latest) > MAX_RECEIVED_AGENTS:
+            del self.latest[next(iter(self.latest))]
+        return sequence <= latest
+
+    def count(self, metric: Any, peer: str) -> None:
+        key = Received((metric.Host or peer)[:MAX_RECEIVED_NAME], metric.CommonEvent.Name[:MAX_RECEIVED_NAME])
+        if key not in self.counts and len(self.counts) >= MAX_RECEIVED_ROWS:
+            key = Received("other", "other")
+        self.counts[key] += metric.Count
+        self.alerts[key] += 1
+
+    def cancel_stalled(self) -> None:
+        """Ends streams whose sender does not go on: each holds one of the threads. To be called now and then."""
+        for context, since in list(self.streams.items()):
+            if time.monotonic() - since > MAX_STREAM_TIME:
+                context.cancel()
 
     def snapshot(self) -> Dict[Received, Tuple[int, int]]:
         """Per host and event: (sum of Count, number of alerts)."""
@@ -5986,6 +6053,7 @@ def run_collector(collector: Collector, stop: StopSignals, output: TextIO) -> No
     while not stop.stopped:
         select.select([stop], [], [], 1.0)
         now, after = time.monotonic(), collector.snapshot()
+        collector.cancel_stalled()
         lines = format_received({} if terminal and stop.stopped else before, after, max(now - last, 0.001))
         if terminal:
             idle = [key for key in after if after[key] == before.get(key)]
@@ -6731,13 +6799,31 @@ def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> i
     return 0
 
 
+def collector_credentials(options: argparse.Namespace) -> Tuple[Optional[CollectorTls], str]:
+    """What collect's --cert, --key, --client-ca and --token-file name. Raises UsageError."""
+    if bool(options.cert) != bool(options.key):
+        raise UsageError("--cert and --key belong together")
+    if not options.cert and (options.client_ca or options.token_file):
+        raise UsageError("--client-ca and --token-file need TLS: --cert and --key")
+    try:
+        token = read_token(options.token_file) if options.token_file else ""
+        if not options.cert:
+            return None, token
+        check_certificates(TlsSpec(options.client_ca or "", options.cert, options.key))
+        return CollectorTls(Path(options.cert).read_bytes(), Path(options.key).read_bytes(),
+                            Path(options.client_ca).read_bytes() if options.client_ca else None), token
+    except OSError as error:
+        raise UsageError(f"--cert, --key, --client-ca or --token-file: {error.strerror}") from None
+
+
 def command_collect(options: argparse.Namespace) -> int:
     try:
         host, _ = parse_address(options.listen)
     except ValueError as error:
         raise UsageError(f"--listen: {error}") from None
+    tls, token = collector_credentials(options)
     with StopSignals() as stop:
-        collector = Collector(options.listen)
+        collector = Collector(options.listen, tls, token)
         say(f"ready: listening on {options.listen.rpartition(':')[0]}:{collector.port}")
         run_collector(collector, stop, sys.stdout)
     return 0
@@ -7001,7 +7087,12 @@ def build_parser() -> Parser:
 
     collect = commands.add_parser("collect", help="receive what grpc channels send", allow_abbrev=False)
     collect.add_argument("--listen", default="127.0.0.1:50051", metavar="HOST:PORT",
-                         help="where to listen, without TLS (default %(default)s; port 0 takes a free one)")
+                         help="where to listen (default %(default)s; port 0 takes a free one)")
+    collect.add_argument("--cert", metavar="FILE", help="PEM file of the certificate; without it there is no TLS")
+    collect.add_argument("--key", metavar="FILE", help="PEM file of its key")
+    collect.add_argument("--client-ca", metavar="FILE",
+                         help="PEM file of the CAs one of which must have signed the certificate of each agent")
+    collect.add_argument("--token-file", metavar="FILE", help="file of the token that each agent must send")
     collect.set_defaults(run=command_collect)
 
     check = commands.add_parser("check", help="validate specs", allow_abbrev=False)
