@@ -17,7 +17,7 @@ BPF_CFLAGS := -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -fdebug-compilat
 
 RUN_PACKAGES  := python3 libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl \
-                 fish mandoc prometheus zsh
+                 fish logrotate mandoc prometheus systemd zsh
 
 help: ## show this list
 	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -77,7 +77,43 @@ bench: $(VENV)/ok install-test ## measure against peers (about ten minutes); wri
 bench-setup: ## install the peers that bench compares with
 	$(Q)$(call install_missing,bpftrace libbpf-tools strace linux-perf)
 
+# Where `make install` puts what; a package sets DESTDIR, and PREFIX=/usr.
+DESTDIR    ?=
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+BINDIR     := $(PREFIX)/bin
+SHAREDIR   := $(PREFIX)/share
+UNITDIR    ?= $(PREFIX)/lib/systemd/system
+CONFIG     := $(SYSCONFDIR)/traceleft/spec.json
+DOCDIR     := $(SHAREDIR)/doc/traceleft
+INSTALLED  := $(BINDIR)/traceleft $(SHAREDIR)/man/man8/traceleft.8 $(UNITDIR)/traceleft.service \
+              $(SYSCONFDIR)/logrotate.d/traceleft $(SHAREDIR)/bash-completion/completions/traceleft \
+              $(SHAREDIR)/zsh/site-functions/_traceleft $(SHAREDIR)/fish/vendor_completions.d/traceleft.fish
+
+install: dist ## program, manual page, completions, systemd unit and examples, below DESTDIR, PREFIX (/usr/local) and SYSCONFDIR
+	$(Q)install -D -m 755 dist/traceleft "$(DESTDIR)$(BINDIR)/traceleft"
+	$(Q)for pair in man:man/man8/traceleft.8 completion,bash:bash-completion/completions/traceleft \
+	    completion,zsh:zsh/site-functions/_traceleft completion,fish:fish/vendor_completions.d/traceleft.fish; do \
+	  target="$(DESTDIR)$(SHAREDIR)/$${pair#*:}"; command=$${pair%%:*}; \
+	  install -D -m 644 /dev/null "$$target" && dist/traceleft $${command/,/ } >"$$target" || exit 1; done
+	$(Q)install -D -m 644 spec/service/traceleft.service "$(DESTDIR)$(UNITDIR)/traceleft.service"
+	$(Q)sed -i 's|/usr/local/bin|$(BINDIR)|; s|/etc/|$(SYSCONFDIR)/|' "$(DESTDIR)$(UNITDIR)/traceleft.service"
+	$(Q)install -D -m 644 spec/service/traceleft.logrotate "$(DESTDIR)$(SYSCONFDIR)/logrotate.d/traceleft"
+	$(Q)[ -e "$(DESTDIR)$(CONFIG)" ] || install -D -m 644 spec/service/spec.json "$(DESTDIR)$(CONFIG)"
+	$(Q)install -d "$(DESTDIR)$(DOCDIR)/examples"
+	$(Q)cp -R spec/*.json spec/monitoring proto "$(DESTDIR)$(DOCDIR)/examples"
+	$(Q)install -m 644 README.md CHANGELOG.md LICENSE "$(DESTDIR)$(DOCDIR)"
+
+uninstall: ## remove what install has put there; a spec.json that was edited stays
+	$(Q)for path in $(INSTALLED); do rm -f "$(DESTDIR)$$path"; done
+	$(Q)rm -rf "$(DESTDIR)$(DOCDIR)"
+	$(Q)if cmp -s spec/service/spec.json "$(DESTDIR)$(CONFIG)"; then rm "$(DESTDIR)$(CONFIG)"; fi
+	$(Q)rmdir "$(DESTDIR)$(SYSCONFDIR)/traceleft" 2>/dev/null || true
+
+man: ## show the manual page
+	$(Q)./traceleft.py man | man -l -
+
 clean: ## remove what make has built, but not the BPF object
 	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ dist
 
-.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test clean
+.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test install uninstall man clean

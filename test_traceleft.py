@@ -3867,6 +3867,157 @@ class Prometheus:
         return {row["metric"].get(label, ""): float(row["value"][1]) for row in self.query(text)}
 
 
+class Manager:
+    """The receiving end of sd_notify(3); `environment` is what a service gets of it."""
+
+    def __init__(self, address):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.settimeout(DEADLINE)
+        self.socket.bind("\0" + address[1:] if address[0] == "@" else address)
+        self.environment = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "30000000"}
+
+    def receive(self):
+        return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.socket.close()
+
+
+class TestServiceManager:
+    @pytest.mark.parametrize("kind", ["path", "abstract"])
+    @live[0]
+    @live[1]
+    def test_ready_alive_and_stopping(self, programs, tmp_path, kind):
+        spec = a_spec(f"filename == '{tmp_path}/f'", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        with Manager(str(tmp_path / "notify") if kind == "path" else f"@traceleft-{os.getpid()}") as manager:
+            with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), env=manager.environment) as agent:
+                subprocess.run([programs["opens"], tmp_path / "f", "1000"], check=True)
+                assert manager.receive() == {"READY": "1", "STATUS": "matched 0, passed 0, alerts 0, lost 0"}
+                alive = manager.receive()
+                while alive["STATUS"] == "matched 0, passed 0, alerts 0, lost 0":
+                    assert alive["WATCHDOG"] == "1"
+                    alive = manager.receive()
+                assert re.fullmatch(r"matched \d+, passed \d+, alerts [12], lost 0", alive["STATUS"])
+                agent.stop()
+            last = manager.receive()
+            while last.get("WATCHDOG"):
+                last = manager.receive()
+            assert last == {"STOPPING": "1"}
+
+    @live[0]
+    @live[1]
+    def test_printing_and_collecting(self, tmp_path):
+        with Manager(str(tmp_path / "notify")) as manager:
+            for arguments in (("trace", "mkdir"), ("collect", "--listen", "127.0.0.1:0")):
+                with Agent(*arguments, env=manager.environment) as agent:
+                    assert manager.receive()["READY"] == "1"
+                    agent.stop()
+                while select.select([manager.socket], [], [], 0)[0]:
+                    manager.receive()
+
+    @pytest.mark.parametrize("address", ["", "/nonexistent/notify", "@nobody-listens", "vsock:2:1234"])
+    def test_without_a_manager(self, monkeypatch, capsys, address):
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        manager = traceleft.ServiceManager()
+        manager.send("READY=1")
+        manager.close()
+        assert "NOTIFY_SOCKET" not in os.environ
+        assert ("only unix sockets are known" in capsys.readouterr().err) == address.startswith("vsock")
+
+    def test_a_manager_that_does_not_read_is_not_waited_for(self, monkeypatch, tmp_path):
+        with Manager(str(tmp_path / "notify")) as manager:
+            monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+            sender = traceleft.ServiceManager()
+            for _ in range(10_000):
+                sender.send("WATCHDOG=1", "STATUS=\udcff")
+            sender.close()
+            assert manager.receive() == {"WATCHDOG": "1", "STATUS": "\\udcff"}
+
+    @pytest.mark.parametrize("microseconds, warns", [("1000000", True), ("30000000", False), ("x", False)])
+    def test_a_watchdog_that_is_too_fast(self, monkeypatch, capsys, microseconds, warns):
+        monkeypatch.setenv("NOTIFY_SOCKET", "@nobody-listens")
+        monkeypatch.setenv("WATCHDOG_USEC", microseconds)
+        traceleft.ServiceManager().close()
+        assert ("WatchdogSec= is less than 2 s" in capsys.readouterr().err) == warns
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """What `make install` makes in a DESTDIR of its own."""
+    folder = tmp_path_factory.mktemp("destination")
+    make("install", DESTDIR=folder, PREFIX="/usr")
+    return folder
+
+
+def make(target, **variables):
+    subprocess.run(["make", "-C", HERE, target, *(f"{name}={value}" for name, value in variables.items())], check=True,
+                   capture_output=True, timeout=DEADLINE)
+
+
+class TestInstall:
+    def files(self, folder):
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+    def test_puts_everything_in_its_place(self, installed):
+        files = self.files(installed)
+        assert {"usr/bin/traceleft", "usr/share/man/man8/traceleft.8", "usr/lib/systemd/system/traceleft.service",
+                "usr/share/bash-completion/completions/traceleft", "usr/share/zsh/site-functions/_traceleft",
+                "usr/share/fish/vendor_completions.d/traceleft.fish", "etc/logrotate.d/traceleft", "etc/traceleft/spec.json",
+                "usr/share/doc/traceleft/examples/monitoring/alerts.yml"} <= files
+        assert all((installed / name).stat().st_size for name in files)
+        done = subprocess.run([installed / "usr/bin/traceleft", "check", installed / "etc/traceleft/spec.json"], capture_output=True, text=True)
+        assert done.stdout == f"{installed}/etc/traceleft/spec.json: ok\n" and done.stderr == ""
+        unit = (installed / "usr/lib/systemd/system/traceleft.service").read_text()
+        assert "ExecStart=/usr/bin/traceleft trace --spec /etc/traceleft/spec.json" in unit
+
+    def test_uninstall_leaves_nothing_but_an_edited_spec(self, tmp_path):
+        for edited in (False, True):
+            make("install", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")
+            assert "ExecStart=/opt/x/bin/traceleft trace --spec /opt/etc/traceleft/spec.json" in (
+                tmp_path / "opt/x/lib/systemd/system/traceleft.service").read_text()
+            if edited:
+                (tmp_path / "opt/etc/traceleft/spec.json").write_text(json.dumps(a_spec()))
+            make("install", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")  # again: it keeps the spec
+            make("uninstall", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")
+            assert self.files(tmp_path) == ({"opt/etc/traceleft/spec.json"} if edited else set())
+        assert json.loads((tmp_path / "opt/etc/traceleft/spec.json").read_text()) == a_spec()
+
+    def test_the_unit_is_valid_and_hardened(self, installed, tmp_path):
+        unit = (installed / "usr/lib/systemd/system/traceleft.service").read_text()
+        path = tmp_path / "traceleft.service"
+        path.write_text(unit.replace("/usr/bin/traceleft", str(installed / "usr/bin/traceleft")).replace("Documentation=", "#"))
+        done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = subprocess.run(["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=30", path], capture_output=True, text=True)
+        assert done.returncode == 0 and re.search(r"Overall exposure level for traceleft.service: [0-2]\.\d OK", done.stdout)
+
+    @live[0]
+    @live[1]
+    def test_logrotate(self, programs, tmp_path):
+        """The configuration as it is, but for its paths and for whom the signal reaches."""
+        spec = a_spec(f"filename == '{tmp_path}/f'", channel={"id": "1", "type": "file", "path": str(tmp_path / "log.json")})
+        text = (HERE / "spec/service/traceleft.logrotate").read_text()
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec)) as agent:
+            text = text.replace("/var/log/traceleft", str(tmp_path)).replace(
+                "systemctl kill --kill-who=main --signal=USR1 traceleft.service", f"kill -USR1 {agent.process.pid}")
+            (tmp_path / "logrotate").write_text(text)
+            for _ in range(3):
+                subprocess.run([programs["opens"], tmp_path / "f", "100"], check=True)
+                wait_until(lambda: (tmp_path / "log.json").exists() and (tmp_path / "log.json").stat().st_size, "an alert is written")
+                subprocess.run(["logrotate", "-f", "-s", tmp_path / "state", tmp_path / "logrotate"], check=True)
+            agent.stop()
+        files = sorted(path.name for path in tmp_path.glob("log.json*"))
+        assert files[-3:] == ["log.json.1", "log.json.2.gz", "log.json.3.gz"]
+        count = 0
+        for name in files:
+            content = subprocess.run(["gzip", "-dcf", tmp_path / name], capture_output=True, text=True, check=True).stdout
+            count += sum(json.loads(line)["count"] for line in content.splitlines())
+        assert count == 300
+
+
 class TestCollector:
     def test_counts_per_event_and_host(self, tmp_path):
         with Agent("collect", "--listen", "localhost:0") as agent:

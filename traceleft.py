@@ -2735,6 +2735,18 @@ def summarize(accounts: Sequence[Account]) -> Dict[str, Any]:
             "balanced": all(account.balanced for account in accounts)}
 
 
+def sum_accounts(accounts: Iterable[Account]) -> Dict[str, int]:
+    """The totals of all filters, for people who look at a run."""
+    accounts = list(accounts)
+    found = {name: sum(getattr(account, name) for account in accounts) for name in ("matched", "passed", "alerts")}
+    return {**found, "lost": sum(sum(list(account.lost.values())) for account in accounts)}
+
+
+def format_totals(totals: Mapping[str, int]) -> str:
+    """`matched 80124, passed 801, alerts 1, lost 0`."""
+    return ", ".join(f"{name} {count}" for name, count in totals.items())
+
+
 def format_accounting(accounts: Sequence[Account]) -> List[str]:
     """The accounting as a table, one line per filter."""
     rows = [("FILTER", "EVENT", "MATCHED", "PASSED", "FOLDED", "ALERTS", "LOST")]
@@ -5450,7 +5462,7 @@ def boot_time() -> float:
 
 
 def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[], None], stop: StopSignals,
-             duration: Optional[float], server: Optional[MetricsServer] = None) -> None:
+             duration: Optional[float], watchers: Watchers) -> None:
     """Hands over events, and calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
     interval = POLL_INTERVAL if tracer.streams else 1.0
@@ -5458,18 +5470,19 @@ def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callab
     with selectors.DefaultSelector() as selector:
         selector.register(tracer, selectors.EVENT_READ)
         selector.register(stop, selectors.EVENT_READ)
-        if server is not None:
-            selector.register(server, selectors.EVENT_READ)
+        if watchers.server is not None:
+            selector.register(watchers.server, selectors.EVENT_READ)
         while not stop.stopped and time.monotonic() < end:
             if not tracer.more:
                 selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
             handle(tracer.poll())
-            if server is not None:
-                server.serve()
+            watchers.serve()
             if boot_time() // 1 != second:
                 second = boot_time() // 1
                 tracer.set_clock()
                 tick()
+                watchers.tick()
+    watchers.stopping()
     tracer.detach()
     for event in tracer.drain():
         handle([event])
@@ -5906,6 +5919,74 @@ def http_response(status: str, body: Optional[bytes] = None, content_type: str =
     head = (f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n{headers}"
             "Connection: close\r\n\r\n").encode()
     return [memoryview(head)] if head_only or not body else [memoryview(head), memoryview(body)]
+
+
+# ======================================================================================================================
+# Who watches a run from outside: Prometheus, and the service manager by sd_notify(3)
+# ======================================================================================================================
+
+
+class ServiceManager:
+    """Sends datagrams to $NOTIFY_SOCKET, as systemd gives it to services of Type=notify; without it, none.
+
+    A manager that does not take them is no reason to stop tracing: what cannot be sent at once is left out.
+    """
+
+    def __init__(self) -> None:
+        self.address = os.environ.pop("NOTIFY_SOCKET", "")
+        self.socket: Optional[socket.socket] = None
+        if self.address[:1] in ("/", "@"):
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self.socket.setblocking(False)
+            self.address = self.address.replace("@", "\0", 1) if self.address[0] == "@" else self.address
+        elif self.address:
+            say(f"warning: NOTIFY_SOCKET is {escape(self.address)}, and only unix sockets are known (/… and @…)")
+        watchdog = os.environ.get("WATCHDOG_USEC", "")
+        if self.socket is not None and watchdog.isdigit() and int(watchdog) < 2_000_000:
+            say("warning: WatchdogSec= is less than 2 s, and the sign of life comes once a second")
+
+    def send(self, *assignments: str) -> None:
+        """Texts such as `READY=1`, in one datagram."""
+        if self.socket is not None:
+            with contextlib.suppress(OSError):
+                self.socket.sendto("\n".join(assignments).encode("utf-8", "backslashreplace"), self.address)
+
+    def close(self) -> None:
+        if self.socket is not None:
+            self.socket.close()
+
+
+class Watchers:
+    """Both, as the commands use them. They are told of each second, so that a loop that stalls is found out."""
+
+    def __init__(self, metrics: Optional[Tuple[str, int]] = None) -> None:
+        """`metrics`: where to serve them, if at all. Raises TraceleftError when that cannot be."""
+        self.server = None if metrics is None else MetricsServer(metrics)
+        self.manager = ServiceManager()
+        self.status: Callable[[], str] = lambda: ""  # one line for people
+        if self.server is not None:
+            say(f"metrics: {self.server.url}")
+            if not self.server.is_local:
+                say("warning: whoever reaches this host can read the metrics: there is no authentication")
+
+    def ready(self) -> None:
+        self.manager.send("READY=1", f"STATUS={self.status()}")
+
+    def tick(self) -> None:
+        """A second is over, and its alerts are handed over: the watchdog's sign of life."""
+        self.manager.send("WATCHDOG=1", f"STATUS={self.status()}")
+
+    def stopping(self) -> None:
+        self.manager.send("STOPPING=1")
+
+    def serve(self) -> None:
+        if self.server is not None:
+            self.server.serve()
+
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+        self.manager.close()
 
 
 # ======================================================================================================================
@@ -6657,28 +6738,17 @@ def command_trace(options: argparse.Namespace) -> int:
     with StopSignals() as stop:
         tables = Tables(spec.filters) if spec else Tables((), plan, PRINTED_FIELDS)
         tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
-        server = None
+        watchers = None
         try:
             check_summary(options.summary)
-            server = open_metrics(options.metrics)
+            watchers = Watchers(options.metrics)
             tracer.load()
-            return trace_spec(tracer, spec, stop, options, server) if spec else \
-                trace_print(tracer, stop, options, server)
+            return trace_spec(tracer, spec, stop, options, watchers) if spec else \
+                trace_print(tracer, stop, options, watchers)
         finally:
             tracer.close()
-            if server is not None:
-                server.close()
-
-
-def open_metrics(address: Optional[Tuple[str, int]]) -> Optional[MetricsServer]:
-    """The server that --metrics asks for. Raises TraceleftError."""
-    if address is None:
-        return None
-    server = MetricsServer(address)
-    say(f"metrics: {server.url}")
-    if not server.is_local:
-        say("warning: whoever reaches this host can read the metrics: there is no authentication")
-    return server
+            if watchers is not None:
+                watchers.close()
 
 
 def check_summary(path: Optional[str]) -> None:
@@ -6711,16 +6781,13 @@ def say_ready(tracer: Tracer, what: str) -> None:
 
 
 def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
-               server: Optional[MetricsServer]) -> int:
+               watchers: Watchers) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
     aggregator = Aggregator(spec, insecure=options.collector_insecure,
                             counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
     accounts = list(aggregator.accounts.values())
     counts, uring = KernelCounts(tracer, aggregator), UringWatch(tracer)
-    status = StatusLine(lambda: {
-        "matched": sum(account.matched for account in accounts), "passed": sum(account.passed for account in accounts),
-        "alerts": sum(account.alerts for account in accounts),
-        "lost": sum(sum(account.lost.values()) for account in accounts)})
+    status = StatusLine(lambda: sum_accounts(accounts))
 
     def handle(events: List[Event]) -> None:
         for event in events:
@@ -6738,10 +6805,12 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
 
     try:
         tracer.attach()
-        if server is not None:
-            server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
+        if watchers.server is not None:
+            watchers.server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
+        watchers.status = lambda: format_totals(sum_accounts(accounts))
         say_ready(tracer, f"{len(spec.filters)} filter{'s' if len(spec.filters) > 1 else ''}")
-        run_loop(tracer, handle, tick, stop, options.duration, server)
+        watchers.ready()
+        run_loop(tracer, handle, tick, stop, options.duration, watchers)
         tick()
     finally:
         aggregator.close()
@@ -6750,14 +6819,16 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
 
 
 def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
-                server: Optional[MetricsServer]) -> int:
+                watchers: Watchers) -> int:
     """Prints every event until stopped, or until nobody reads."""
     printer = Printer(tracer.plan, stop)
     tracer.attach()
-    if server is not None:
-        server.figures = lambda: run_figures(tracer, printer.accounts.values())
+    if watchers.server is not None:
+        watchers.server.figures = lambda: run_figures(tracer, printer.accounts.values())
+    watchers.status = lambda: format_totals(sum_accounts(printer.accounts.values()))
     say_ready(tracer, "printing every event")
-    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration, server)
+    watchers.ready()
+    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration, watchers)
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
@@ -6825,7 +6896,10 @@ def command_collect(options: argparse.Namespace) -> int:
     with StopSignals() as stop:
         collector = Collector(options.listen, tls, token)
         say(f"ready: listening on {options.listen.rpartition(':')[0]}:{collector.port}")
+        manager = ServiceManager()
+        manager.send("READY=1")
         run_collector(collector, stop, sys.stdout)
+        manager.close()
     return 0
 
 
