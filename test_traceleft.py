@@ -1458,15 +1458,17 @@ def generated(tmp_path_factory):
 class ProtoServer:
     """A collector made from proto/ alone, such as others have."""
 
-    def __init__(self, generated, port=0, credentials=None, delay=0.0, failures=0):
+    def __init__(self, generated, port=0, credentials=None, delay=0.0, failures=0, delay_each=0.0):
         self.messages, services = generated
-        self.streams, self.delay, self.failures = [], delay, failures
+        self.streams, self.delay, self.failures, self.metadata, self.tried = [], delay, failures, [], 0
         outer = self
 
         class Servicer(services.MetricCollectorServicer):
             def Process(self, stream, context):
+                outer.tried += 1
+                outer.metadata.append(dict(context.invocation_metadata()))
                 metrics = list(stream)
-                time.sleep(outer.delay)
+                time.sleep(outer.delay + delay_each * len(metrics))
                 if outer.failures:
                     outer.failures -= 1
                     context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "not now")
@@ -1491,8 +1493,80 @@ class ProtoServer:
         self.server.stop(None).wait()
 
 
-def grpc_spec(port, **more):
-    return a_spec(format="collector_spec_pb", channel={"id": "1", "type": "grpc", "path": f"localhost:{port}"}, **more)
+def grpc_spec(port, options=None, **more):
+    channel = {"id": "1", "type": "grpc", "path": f"localhost:{port}", **(options or {})}
+    return a_spec(format="collector_spec_pb", channel=channel, **more)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A folder of PEM files: two CAs, and what the first has signed. NAME.pem has its key in NAME.key."""
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments):
+        subprocess.run(["openssl", *arguments], check=True, cwd=folder, capture_output=True)
+
+    new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for name in ("ca", "other-ca"):
+        openssl("req", "-x509", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+    for name, host, days in (("server", "localhost", 2), ("expired", "localhost", -1), ("elsewhere", "elsewhere.test", 2),
+                             ("client", "client", 2)):
+        (folder / "extension").write_text(f"subjectAltName=DNS:{host}\n")
+        openssl("req", *new_key, "-keyout", f"{name}.key", "-out", "request", "-subj", f"/CN={host}")
+        openssl("x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", f"{name}.pem", "-days", str(days),
+                "-extfile", "extension", "-CAcreateserial")
+    return folder
+
+
+def server_credentials(folder, name="server", clients=False):
+    pair = (folder / f"{name}.key").read_bytes(), (folder / f"{name}.pem").read_bytes()
+    return grpc.ssl_server_credentials([pair], (folder / "ca.pem").read_bytes() if clients else None, clients)
+
+
+def free_port():
+    with socket.socket() as reserved:
+        reserved.bind(("localhost", 0))
+        return reserved.getsockname()[1]
+
+
+class Proxy:
+    """Forwards connections to a port of this host, counting bytes; while it is frozen nothing comes through."""
+
+    def __init__(self, port, frozen=False):
+        self.port, self.frozen, self.bytes, self.connections = port, frozen, 0, 0
+        self.listener = socket.create_server(("localhost", 0))
+        self.address = self.listener.getsockname()[1]
+        self.open = [self.listener]
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.connections += 1
+                server = socket.create_connection(("localhost", self.port))
+                self.open += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self.forward, args=(source, target), daemon=True).start()
+
+    def forward(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                while self.frozen:
+                    time.sleep(0.01)
+                self.bytes += len(data)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for one in self.open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
 
 class TestWire:
@@ -1581,6 +1655,160 @@ class TestWire:
         assert {event.name for event, _ in self.EVENTS} == {kind.name for kind in EVENT_TYPES.values() if kind.metric_field}
 
 
+class TestSpool:
+    @staticmethod
+    def entry(number, size=100):
+        return traceleft.Queued(0, number, 0, bytes([number % 256]) * size)
+
+    @contextlib.contextmanager
+    def opened(self, path, max_bytes=1 << 20):
+        spool = traceleft.Spool(str(path), max_bytes)
+        spool.open()
+        try:
+            yield spool
+        finally:
+            spool.close()
+
+    @staticmethod
+    def numbers(spool, limit=10**6):
+        return [entry.events for entry in spool.head(limit)]
+
+    def test_first_in_first_out_across_runs(self, tmp_path):
+        with self.opened(tmp_path / "s") as spool:
+            assert all(spool.append(self.entry(number)) for number in range(5))
+            assert self.numbers(spool) == [0, 1, 2, 3, 4]
+            assert self.numbers(spool, 3) == [0, 1, 2]
+            spool.pop(2)
+        with self.opened(tmp_path / "s") as spool:
+            assert spool.waiting == 3 and spool.append(self.entry(5))
+            assert self.numbers(spool) == [2, 3, 4, 5]
+            assert [entry.owner for entry in spool.head(9)] == [traceleft.EARLIER] * 3 + [0]
+            assert dict(spool.pending) == {traceleft.EARLIER: 9, 0: 5}
+            spool.pop(4)
+            assert (spool.waiting, self.numbers(spool)) == (0, [])
+        with self.opened(tmp_path / "s") as spool:
+            assert spool.waiting == 0
+        assert all(path.stat().st_mode & 0o777 == 0o600 for path in (tmp_path / "s").iterdir())
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+
+    def test_what_is_acknowledged_is_removed(self, tmp_path):
+        with self.opened(tmp_path / "s", 65536) as spool:
+            for number in range(5000):
+                assert spool.append(self.entry(number))
+                if number % 10 == 9:
+                    spool.head(10)
+                    spool.pop(10)
+            assert spool.waiting == 0
+        assert sum(path.stat().st_size for path in (tmp_path / "s").iterdir()) <= 65536 // 2
+
+    def test_is_bounded(self, tmp_path):
+        with self.opened(tmp_path / "s", 65536) as spool:
+            taken = [spool.append(self.entry(number)) for number in range(1000)]
+            assert taken.index(False) == 65536 // len(traceleft.pack_spooled(self.entry(0))) and not any(taken[taken.index(False):])
+            assert spool.waiting == sum(taken)
+
+    def test_a_record_that_was_cut_short_is_not_sent(self, tmp_path, capsys):
+        """At every byte of the last of three records."""
+        record = traceleft.pack_spooled(self.entry(1))
+        with self.opened(tmp_path / "s") as spool:
+            for number in range(3):
+                spool.append(self.entry(number))
+        (segment,) = (tmp_path / "s").glob("*.spool")
+        data = segment.read_bytes()
+        for left in range(2 * len(record), 3 * len(record)):
+            segment.write_bytes(data[:left])
+            with self.opened(tmp_path / "s") as spool:
+                assert self.numbers(spool) == [0, 1]
+            assert segment.stat().st_size == 2 * len(record)
+        assert capsys.readouterr().err.count("bytes behind the last whole record of a segment are cut off") == len(record) - 1
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.integers(0, 3 * 128 - 1), st.integers(1, 255))
+    def test_a_record_that_was_changed_is_not_sent(self, place, flip):
+        records = [traceleft.pack_spooled(self.entry(number)) for number in range(3)]
+        size = len(records[0])
+        data = bytearray(b"".join(records))
+        data[place % len(data)] ^= flip
+        found = [entry.events for _, entry in traceleft.read_spooled(bytes(data))]
+        assert found == list(range(place % len(data) // size))
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.binary(max_size=200))
+    def test_any_bytes_can_be_read(self, data):
+        assert list(traceleft.read_spooled(data)) == [] or len(data) >= 28
+
+    def test_zeros_that_a_crash_leaves_behind_are_no_records(self):
+        assert list(traceleft.read_spooled(bytes(4096))) == []
+
+    def test_a_torn_cursor_sends_twice_and_leaves_nothing_out(self, tmp_path):
+        with self.opened(tmp_path / "s") as spool:
+            for number in range(3):
+                spool.append(self.entry(number))
+            spool.head(2)
+            spool.pop(2)
+        cursor = (tmp_path / "s/cursor").read_bytes()
+        for data in (b"", cursor[:-1], cursor[:-1] + b"!", bytes(20)):
+            (tmp_path / "s/cursor").write_bytes(data)
+            with self.opened(tmp_path / "s") as spool:
+                assert self.numbers(spool) == [0, 1, 2]
+
+    def test_a_full_disk_and_a_free_one(self, tmp_path, monkeypatch, capsys):
+        room = TestFileChannel().disk(monkeypatch)
+        with self.opened(tmp_path / "s") as spool:
+            assert spool.append(self.entry(1))
+            room[0] = 50
+            assert not spool.append(self.entry(2)) and not spool.append(self.entry(3))
+            assert self.numbers(spool) == [1]
+            room[0] = None
+            assert spool.append(self.entry(4))
+            assert self.numbers(spool) == [1, 4]
+        with self.opened(tmp_path / "s") as spool:
+            assert self.numbers(spool) == [1, 4]
+        assert capsys.readouterr().err == (f"traceleft: cannot write to the spool {tmp_path}/s: No space left on device; alerts "
+                                           "are kept in memory\n")
+
+    def test_a_damaged_record_in_the_middle_stops_what_is_behind_it(self, tmp_path):
+        """Until the next start, which cuts it off: order counts more than what is behind."""
+        with self.opened(tmp_path / "s") as spool:
+            for number in range(3):
+                spool.append(self.entry(number))
+            (segment,) = (tmp_path / "s").glob("*.spool")
+            data = bytearray(segment.read_bytes())
+            data[len(data) // 2] ^= 1
+            segment.write_bytes(data)
+            assert self.numbers(spool) == [0]
+            spool.pop(1)
+            with pytest.raises(OSError, match="is damaged"):
+                spool.head(9)
+            assert dict(spool.pending) == {0: 3}
+
+    def test_belongs_to_one_process(self, tmp_path):
+        with self.opened(tmp_path / "s"), pytest.raises(traceleft.TraceleftError, match="another agent or channel uses it"):
+            Aggregator(grpc_spec(1, {"spool": {"dir": f"{tmp_path}/s"}}), insecure=True)
+
+    def test_kill_9_while_writing(self, tmp_path):
+        """Whole records in order, whenever it dies."""
+        code = f"""if True:
+            import traceleft
+            spool = traceleft.Spool({str(tmp_path / "s")!r}, 1 << 30)
+            spool.open()
+            number = 0
+            while True:
+                spool.append(traceleft.Queued(0, number, 0, b"x" * 5000))
+                number += 1
+                if number == 100:
+                    print("running", flush=True)"""
+        for _ in range(3):
+            process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE)
+            process.stdout.readline()
+            process.kill()
+            process.communicate(timeout=DEADLINE)
+            with self.opened(tmp_path / "s", 1 << 30) as spool:
+                numbers = self.numbers(spool)
+                assert numbers == list(range(len(numbers))) and len(numbers) >= 100
+                spool.pop(len(numbers))
+
+
 class TestGrpcChannel:
     def run_seconds(self, port, seconds, spec=None):
         aggregator = Aggregator(spec or grpc_spec(port), insecure=True)
@@ -1652,6 +1880,198 @@ class TestGrpcChannel:
         lost = aggregator.accounts["open-0"].lost
         assert lost["queue_full"] > 0 and sum(lost.values()) == 100
         assert aggregator.summary()["balanced"]
+
+    def test_backoff_is_not_cut_short_by_ticks(self, generated):
+        with ProtoServer(generated, failures=1000) as server:
+            aggregator = Aggregator(grpc_spec(server.port), insecure=True)
+            end = time.monotonic() + 1.5
+            while time.monotonic() < end:
+                aggregator.add(an_open())
+                aggregator.flush(1.0)
+                time.sleep(0.02)
+            tried = server.tried
+            server.failures = 0
+            aggregator.close()
+        assert 2 <= tried <= 8  # after 0.2, 0.4, 0.8 s, each less a half at most
+        assert aggregator.accounts["open-0"].lost == {}
+
+    def test_a_slow_collector_gets_smaller_batches(self, generated, monkeypatch):
+        """It needs 5 ms for each alert and the agent waits 0.3 s: a batch of all 100 would never succeed."""
+        monkeypatch.setattr(traceleft, "ACK_TIMEOUT", 0.3)
+        with ProtoServer(generated, delay_each=0.005) as server:
+            aggregator = Aggregator(grpc_spec(server.port), insecure=True)
+            for second in range(100):
+                aggregator.add(an_open())
+                for state in aggregator.states.values():
+                    state.tick(float(second), aggregator.channels["1"])
+            aggregator.flush(100.0)
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 100, "all acknowledged")
+            aggregator.close()
+        numbers = [metric.Sequence for metric in server.metrics]
+        assert set(numbers) == set(range(1, 101))
+
+    def test_a_frozen_connection_is_left_for_a_new_one(self, generated, monkeypatch):
+        monkeypatch.setattr(traceleft, "ACK_TIMEOUT", 0.5)
+        with ProtoServer(generated) as server, Proxy(server.port) as proxy:
+            aggregator = self.run_seconds(proxy.address, 1)
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 2, "the first alert")
+            frozen, proxy.frozen = proxy.connections, True
+            aggregator.add(an_open())
+            aggregator.flush(2.0)
+            wait_until(lambda: proxy.connections > frozen, "another connection")
+            proxy.frozen = False
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 3, "the second alert")
+            aggregator.close()
+        assert aggregator.channels["1"].figures()["reconnects"] >= 1
+
+    @pytest.mark.live
+    @pytest.mark.skipif(os.geteuid() != 0, reason="puts a name into /etc/hosts, in a mount namespace of its own")
+    def test_takes_turns_with_all_addresses_of_a_name(self, tmp_path):
+        (tmp_path / "hosts").write_text("127.0.0.1 many\n127.0.0.2 many\n")
+        collectors = [traceleft.Collector("127.0.0.1:0")]
+        collectors.append(traceleft.Collector(f"127.0.0.2:{collectors[0].port}"))
+        code = f"""if True:
+            import traceleft
+            aggregator = traceleft.Aggregator({grpc_spec(1)!r}, insecure=True)
+            for second in range(10):
+                aggregator.add(traceleft.make_event("open", "x"))
+                aggregator.flush(float(second))
+                while aggregator.accounts["open-0"].delivered <= second:
+                    pass
+            aggregator.close()""".replace("localhost:1", f"dns:///many:{collectors[0].port}")
+        subprocess.run(["unshare", "-m", "sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"', "sh",
+                        sys.executable, "-c", code], cwd=HERE, check=True, timeout=DEADLINE)
+        assert [count for collector in collectors for count, _ in collector.snapshot().values()] == [5, 5]
+        for collector in collectors:
+            collector.stop()
+
+    def test_gzip(self, generated):
+        sent = {}
+        for gzip in (False, True):
+            with ProtoServer(generated) as server, Proxy(server.port) as proxy:
+                aggregator = Aggregator(grpc_spec(proxy.address, {"gzip": gzip}), insecure=True)
+                for second in range(20):
+                    aggregator.add(an_open("/" + "x" * 4000))
+                    aggregator.flush(float(second))
+                aggregator.close()
+                sent[gzip] = proxy.bytes
+                assert len(server.metrics) == 20
+        assert sent[True] < sent[False] / 4
+
+    def test_a_token_is_sent_and_read_anew(self, generated, certificates, tmp_path):
+        token = tmp_path / "token"
+        token.write_text("first\n")
+        options = {"tls": {"ca": f"{certificates}/ca.pem"}, "token_file": str(token)}
+        with ProtoServer(generated, credentials=server_credentials(certificates)) as server:
+            aggregator = Aggregator(grpc_spec(server.port, options))
+            for number, text in enumerate(("first", "second", None)):
+                token.write_text(text) if text else token.unlink()
+                aggregator.add(an_open())
+                aggregator.flush(float(number))
+                wait_until(lambda wanted=number + 1: aggregator.accounts["open-0"].delivered == wanted, "an alert")
+            aggregator.close()
+        assert [metadata["authorization"] for metadata in server.metadata] == ["Bearer first", "Bearer second", "Bearer second"]
+
+    def test_both_sides_show_certificates(self, generated, certificates):
+        options = {"tls": {"ca": f"{certificates}/ca.pem", "cert": f"{certificates}/client.pem", "key": f"{certificates}/client.key",
+                           "server_name": "elsewhere.test"}}
+        with ProtoServer(generated, credentials=server_credentials(certificates, "elsewhere", clients=True)) as server:
+            aggregator = Aggregator(grpc_spec(server.port, options))
+            aggregator.add(an_open())
+            aggregator.flush(1.0)
+            aggregator.close()
+        assert len(server.metrics) == 1 and aggregator.accounts["open-0"].delivered == 1
+
+    def test_new_certificates_are_used_after_a_failure(self, generated, certificates, tmp_path):
+        ca = tmp_path / "ca.pem"
+        shutil.copy(certificates / "other-ca.pem", ca)
+        with ProtoServer(generated, credentials=server_credentials(certificates)) as server:
+            aggregator = Aggregator(grpc_spec(server.port, {"tls": {"ca": str(ca)}}))
+            aggregator.add(an_open())
+            aggregator.flush(1.0)
+            wait_until(lambda: aggregator.channels["1"].figures()["failures"] > 0, "a handshake that fails")
+            shutil.copy(certificates / "ca.pem", ca)
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 1, "the alert")
+            aggregator.close()
+
+    @pytest.mark.parametrize("options, message", [
+        ({"tls": {"ca": "missing.pem"}}, "tls: cannot use missing.pem: No such file"),
+        ({"tls": {"ca": "junk"}}, "tls: cannot use junk: "),
+        ({"tls": {"ca": "ca.pem", "cert": "client.pem", "key": "server.key"}}, "cannot use client.pem: KEY_VALUES_MISMATCH"),
+        ({"tls": {"ca": "ca.pem", "cert": "client.pem", "key": "gone"}}, "tls: cannot use gone: No such file"),
+        ({"tls": {"ca": "ca.pem"}, "token_file": "gone"}, "cannot read token_file gone: No such file"),
+        ({"tls": {"ca": "ca.pem"}, "token_file": "two-lines"}, "cannot read token_file two-lines: it has to hold one line"),
+        ({"tls": {"ca": "ca.pem"}, "spool": {"dir": "no/spool"}}, "cannot use spool.dir no/spool: No such file"),
+        ({"tls": {"ca": "ca.pem"}, "spool": {"dir": "junk"}}, "cannot use spool.dir junk: Not a directory"),
+        ({"tls": {"ca": "ca.pem"}, "spool": {"dir": "shared"}}, "cannot use spool.dir shared: it is another user's, or others can"),
+    ])
+    def test_files_that_cannot_be_used(self, certificates, tmp_path, monkeypatch, options, message):
+        for path in certificates.iterdir():
+            shutil.copy(path, tmp_path)
+        (tmp_path / "junk").write_text("junk")
+        (tmp_path / "two-lines").write_text("one\ntwo")
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared").chmod(0o777)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(traceleft.TraceleftError) as caught:
+            Aggregator(grpc_spec(1, options))
+        (error,) = caught.value.errors
+        assert error.startswith("channel '1': ") and message in error
+
+    def test_secrets_are_not_sent_in_the_clear(self, certificates):
+        with pytest.raises(traceleft.UsageError, match="channel '1' has tls, and --collector-insecure would send in the clear"):
+            Aggregator(grpc_spec(1, {"tls": {"ca": f"{certificates}/ca.pem"}}), insecure=True)
+
+    def test_the_spool_survives_the_agent(self, generated, tmp_path, monkeypatch, capsys):
+        """Two runs without a collector, then one with: everything arrives once, in order, run by run."""
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        port = free_port()
+        spec = grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool"}})
+        for _ in range(2):
+            aggregator = self.run_seconds(port, 5, spec)
+            aggregator.close()
+            assert aggregator.accounts["open-0"].lost == {"in_spool": 10} and aggregator.summary()["balanced"]
+        assert "5 alerts of earlier runs are sent first\n" in capsys.readouterr().err
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 10.0)
+        with ProtoServer(generated, port) as server:
+            aggregator = self.run_seconds(port, 3, spec)
+            aggregator.close()
+        assert aggregator.accounts["open-0"].delivered == 6 and aggregator.summary()["balanced"]
+        runs = [[metric.Sequence for metric in group] for _, group in itertools.groupby(server.metrics, lambda metric: metric.Agent)]
+        assert runs == [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3]]
+        aggregator = self.run_seconds(port, 0, spec)
+        assert not len(aggregator.channels["1"].backlog)  # and nothing of it a second time
+        aggregator.close()
+
+    def test_a_spool_that_is_full_overflows_into_memory(self, generated, tmp_path, monkeypatch):
+        monkeypatch.setattr(traceleft, "MAX_QUEUE_BYTES", 20_000)
+        port = free_port()
+        aggregator = self.run_seconds(port, 700, grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool", "max_bytes": 65536}}))
+        backlog = aggregator.channels["1"].backlog
+        assert backlog.spool.waiting > 100 and len(backlog.memory) > 50
+        assert sum(path.stat().st_size for path in (tmp_path / "spool").iterdir()) <= 65536 + 20
+        dropped = aggregator.accounts["open-0"].lost["queue_full"]
+        with ProtoServer(generated, port) as server:
+            wait_until(lambda: not len(backlog), "all that was kept")
+            aggregator.add(an_open())
+            aggregator.flush(700.0)
+            aggregator.close()
+        numbers = [metric.Sequence for metric in server.metrics]
+        assert numbers == [*range(1, len(numbers)), 701]
+        assert sum(metric.Count for metric in server.metrics) == 1401 - dropped and server.metrics[-1].Lost == dropped
+        assert aggregator.summary()["balanced"]
+
+    def test_what_is_in_memory_at_the_end_goes_to_the_spool_if_it_fits(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        aggregator = Aggregator(grpc_spec(1, {"spool": {"dir": f"{tmp_path}/spool"}}), insecure=True)
+        spool = aggregator.channels["1"].backlog.spool
+        with monkeypatch.context() as patch:
+            patch.setattr(spool, "append", lambda entry: False)  # a full disk
+            aggregator.add(an_open())
+            aggregator.flush(1.0)
+        assert len(aggregator.channels["1"].backlog.memory) == 1
+        aggregator.close()
+        assert aggregator.accounts["open-0"].lost == {"in_spool": 1} and aggregator.summary()["balanced"]
 
 
 class OtlpServer:
@@ -4072,6 +4492,84 @@ class TestCollector:
         finally:
             server.stop(None).wait()
             collector.stop()
+
+    def test_tls_client_certificates_and_a_token(self, certificates, tmp_path):
+        (tmp_path / "token").write_text("secret")
+        (tmp_path / "wrong").write_text("guess")
+        files = [f"--{name}={certificates}/{path}" for name, path in (
+            ("cert", "server.pem"), ("key", "server.key"), ("client-ca", "ca.pem"))]
+        whole = {"tls": {"ca": f"{certificates}/ca.pem", "cert": f"{certificates}/client.pem", "key": f"{certificates}/client.key"},
+                 "token_file": f"{tmp_path}/token"}
+        with Agent("collect", "--listen", "localhost:0", *files, f"--token-file={tmp_path}/token") as agent:
+            port = agent.stderr[-1].rpartition(":")[2]
+            delivered = []
+            for options in (whole, {**whole, "token_file": f"{tmp_path}/wrong"}, {"tls": {"ca": f"{certificates}/ca.pem"}}):
+                aggregator = Aggregator(grpc_spec(port, options))
+                aggregator.add(an_open())
+                aggregator.flush(1.0)
+                channel = aggregator.channels["1"]
+                wait_until(lambda: channel.sends or channel.failures, "an outcome")  # noqa: B023
+                channel.deadline = time.monotonic()
+                aggregator.close()
+                delivered.append(aggregator.accounts["open-0"].delivered)
+            code, output = agent.stop()
+        assert delivered == [1, 0, 0]
+        assert (code, output.splitlines()[-1]) == (0, "total 1 in 1 alerts from 1 host(s)")
+
+    @pytest.mark.parametrize("options, message", [
+        (["--cert=server.pem"], "--cert and --key belong together"),
+        (["--token-file=server.key"], "--client-ca and --token-file need TLS"),
+        (["--cert=server.pem", "--key=client.key"], "KEY_VALUES_MISMATCH"),
+        (["--cert=server.pem", "--key=gone"], "cannot use gone: No such file"),
+    ])
+    def test_options_that_do_not_go_together(self, certificates, options, message):
+        assert_one_line(run("collect", *options, cwd=certificates), 2, message)
+
+    def test_doubles_are_known_of_many_agents_and_after_others(self, monkeypatch):
+        monkeypatch.setattr(traceleft, "MAX_RECEIVED_AGENTS", 3)
+        collector = traceleft.Collector("127.0.0.1:0")
+        try:
+            assert [collector.is_double(*sent) for sent in (("a", 1), ("a", 2), ("b", 1), ("a", 1), ("a", 2), ("b", 2), ("", 0), ("", 0))
+                    ] == [False, False, False, True, True, False, False, False]
+            for number in range(10):
+                collector.is_double(str(number), 1)
+            assert len(collector.latest) == 3 and collector.is_double("9", 1)
+        finally:
+            collector.stop()
+
+    def test_hostile_senders_are_bounded(self, generated, monkeypatch):
+        for name, value in (("MAX_RECEIVED_ROWS", 3), ("MAX_RECEIVED_STREAM", 2000), ("MAX_STREAM_TIME", 0.2)):
+            monkeypatch.setattr(traceleft, name, value)
+        messages, services = generated
+        collector = traceleft.Collector("127.0.0.1:0")
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{collector.port}") as channel:
+                stub = services.MetricCollectorStub(channel)
+                stub.Process(iter([messages.Metric(Host=f"{number}" + "x" * 300, Count=1) for number in range(5)]))
+                rows = collector.snapshot()
+                assert len(rows) == 4 and rows["other", "other"] == (2, 2) and all(len(host) <= 256 for host, _ in rows)
+                with pytest.raises(grpc.RpcError, match="at most 2000 bytes"):
+                    stub.Process(itertools.repeat(messages.Metric(Host="x" * 500), 10_000))
+                endless = threading.Event()
+                call = stub.Process.future(iter(lambda: endless.wait(DEADLINE) and None or messages.Metric(), 1))
+                wait_until(lambda: collector.streams, "a stream that does not end")
+                wait_until(lambda: collector.cancel_stalled() or call.done(), "its end")
+                assert call.code() == grpc.StatusCode.CANCELLED and not collector.streams
+                endless.set()
+        finally:
+            collector.stop()
+
+    def test_names_cannot_forge_lines(self, generated):
+        messages, services = generated
+        with Agent("collect", "--listen", "127.0.0.1:0") as agent:
+            with grpc.insecure_channel(f"127.0.0.1:{agent.stderr[-1].rpartition(':')[2]}") as channel:
+                common = messages.ProtobufCommonEvent(Name="open\r\n\x1b]0;x\x07")
+                services.MetricCollectorStub(channel).Process(iter([messages.Metric(
+                    Host='h"\ntotal 9 in 9\u202e\x1b[2J', CommonEvent=common, Count=1)]))
+            time.sleep(1.1)
+            _, output = agent.stop()
+        assert output.splitlines()[-1] == "total 1 in 1 alerts from 1 host(s)"
+        assert not set(output) & set("\x1b\x07\r\u202e") and len([line for line in output.splitlines() if line.startswith("total")]) == 1
 
     def test_a_taken_port_is_one_clear_line(self):
         with socket.socket() as taken:

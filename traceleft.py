@@ -3443,6 +3443,14 @@ def check_spool_directory(path: str) -> None:
         raise OSError(errno.EACCES, "it is another user's, or others can write to it: chmod 700")
 
 
+def sync_and_close(fd: int) -> None:
+    """Brings to the disk what has been written: it may have to last."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.fdatasync(fd)
+        os.close(fd)
+
+
 class Spool:
     """Records in numbered files, the segments; the file `cursor` says how far they have been acknowledged.
 
@@ -3549,6 +3557,10 @@ class Spool:
             raise
         self.sizes[last] += len(record)
 
+    def duplicate_writer(self) -> int:
+        """A descriptor of its own of the segment that is written to, for sync_and_close(); -1: there is none."""
+        return os.dup(self.writer) if self.writer >= 0 else -1
+
     def close_writer(self) -> None:
         if self.writer >= 0:
             os.close(self.writer)
@@ -3592,13 +3604,8 @@ class Spool:
                 os.unlink(f"{segment:012}.spool", dir_fd=self.directory)
             del self.sizes[segment]
 
-    def sync(self) -> None:
-        """Brings to the disk what has been written: it may have to last."""
-        with contextlib.suppress(OSError):
-            os.fdatasync(self.writer)
-
     def close(self) -> None:
-        self.sync()
+        sync_and_close(self.duplicate_writer())
         self.close_writer()
         for fd in (self.cursor_file, self.lock, self.directory):
             if fd >= 0:
@@ -3782,6 +3789,8 @@ class GrpcChannel(Channel):
             ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS), ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
             ("grpc.service_config_disable_resolution", 1)]
+        if self.spec.gzip:
+            options.append(("grpc.default_compression_algorithm", int(self.grpc.Compression.Gzip)))
         if self.spec.path.startswith(DNS_SCHEME):
             options.append(("grpc.lb_policy_name", "round_robin"))
         if self.insecure:
@@ -3849,8 +3858,7 @@ class GrpcChannel(Channel):
         account.deliver(entry.events)
 
     def call_options(self, timeout: float) -> Dict[str, Any]:
-        return {"timeout": timeout, "metadata": self.metadata(),
-                "compression": self.grpc.Compression.Gzip if self.spec.gzip else None}
+        return {"timeout": timeout, "metadata": self.metadata()}
 
     def send(self, alert: Alert) -> None:
         account = self.accounts[alert.filter.id]
@@ -3914,7 +3922,9 @@ class GrpcChannel(Channel):
     def back_off(self, seconds: float) -> None:
         """Waits, but not any more when the end of the run begins; meanwhile what is spooled gets to the disk."""
         if self.backlog.spool is not None:
-            self.backlog.spool.sync()
+            with self.changed:
+                written = self.backlog.spool.duplicate_writer()
+            sync_and_close(written)  # without the lock: it may take long
         with self.changed:
             closing = self.deadline is not None
             self.changed.wait_for(lambda: self.deadline is not None and not closing,
