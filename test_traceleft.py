@@ -1941,7 +1941,8 @@ class TestGrpcChannel:
             aggregator.close()""".replace("localhost:1", f"dns:///many:{collectors[0].port}")
         subprocess.run(["unshare", "-m", "sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"', "sh",
                         sys.executable, "-c", code], cwd=HERE, check=True, timeout=DEADLINE)
-        assert [count for collector in collectors for count, _ in collector.snapshot().values()] == [5, 5]
+        counts = [count for collector in collectors for count, _ in collector.snapshot().values()]
+        assert sum(counts) == 10 and min(counts) >= 3  # the first to be connected gets what comes before the other is
         for collector in collectors:
             collector.stop()
 

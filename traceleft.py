@@ -5675,7 +5675,8 @@ SUFFIXES = {"counter": "_total", "gauge": "", "info": "_info"}
 FILTER_FIGURES = ("matched", "passed", "folded", "delivered")
 CHANNEL_FIGURES = ("queued", "queued_bytes", "sends", "failures", "reconnects")  # of Channel.figures()
 # What a channel's alerts can be lost for: said from the start as 0, so that a query sees the first one as an increase.
-LOSS_CAUSES = {"file": ("queue_full", "write_failed"), "grpc": ("queue_full", "not_acknowledged", "rejected", "in_spool"),
+LOSS_CAUSES = {"file": ("queue_full", "write_failed"),
+               "grpc": ("queue_full", "not_acknowledged", "rejected", "in_spool"),
                "": ("not_written",)}  # printing
 
 assert all(name.endswith(f"_{metric.unit}") for name, metric in METRICS.items() if metric.unit)
