@@ -22,6 +22,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -106,8 +107,8 @@ def run(*arguments, prefix=(), script=SCRIPT, python=sys.executable, env=None, t
 class Agent:
     """traceleft.py in the background, ready when the constructor returns; a context manager that ends it."""
 
-    def __init__(self, *arguments, prefix=(), python=sys.executable, stdout=subprocess.PIPE, env=None):
-        self.process = subprocess.Popen([*map(str, prefix), python, str(SCRIPT), *map(str, arguments)],
+    def __init__(self, *arguments, prefix=(), script=SCRIPT, python=sys.executable, stdout=subprocess.PIPE, env=None):
+        self.process = subprocess.Popen([*map(str, prefix), python, str(script), *map(str, arguments)],
                                         stdout=stdout, stderr=subprocess.PIPE, text=True,
                                         env={**CLEAN_ENVIRONMENT, **(env or {})})
         self.stderr = []
@@ -389,6 +390,62 @@ class TestDist:
         done = subprocess.run([sys.executable, "-c", code], env={**CLEAN_ENVIRONMENT, "PYTHONPATH": str(dist)}, cwd=dist.parent,
                               capture_output=True, text=True, check=True)
         assert int(done.stdout) == traceleft.OBJECT_PATH.stat().st_size
+
+
+class TestCompanion:
+    """The object goes into the kernel: nobody may have changed it who cannot change the script."""
+
+    @pytest.fixture
+    def companion(self, tmp_path, monkeypatch):
+        """A script and an object in a folder of its own, as user 1000's checkout."""
+        for name in ("script", "bpf/object"):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(name)
+            for changed in (path, path.parent):
+                os.chown(changed, 1000, 1000)
+        monkeypatch.setattr(traceleft, "__file__", str(tmp_path / "script"))
+        return tmp_path / "bpf/object"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+    @pytest.mark.parametrize("script, folder, file, refused", [
+        # (owner, mode) of each
+        ((1000, 0o755), (1000, 0o755), (1000, 0o644), None),
+        ((1000, 0o755), (0, 0o755), (0, 0o644), None),
+        ((1000, 0o775), (1000, 0o775), (1000, 0o664), None),
+        ((0, 0o755), (0, 0o755), (1000, 0o644), "object can be changed by user 1000"),
+        ((0, 0o755), (1000, 0o755), (0, 0o644), "bpf can be changed by user 1000"),
+        ((1000, 0o755), (1001, 0o755), (1000, 0o644), "bpf can be changed by user 1001"),
+        ((1000, 0o755), (1000, 0o755), (1000, 0o664), "object can be changed by group 1000"),
+        ((1000, 0o755), (1000, 0o755), (1000, 0o646), "object can be changed by everybody"),
+        ((1000, 0o755), (1000, 0o757), (1000, 0o644), "bpf can be changed by everybody"),
+        ((1000, 0o757), (1000, 0o757), (1000, 0o644), "bpf can be changed by everybody"),
+        ((0, 0o755), (1000, 0o777), (0, 0o644), "bpf can be changed by everybody and group 1000 and user 1000"),
+    ])
+    def test_who_may_have_changed_it(self, companion, script, folder, file, refused):
+        for path, (owner, mode) in ((Path(traceleft.__file__), script), (companion.parent, folder), (companion, file)):
+            os.chown(path, owner, 1000)
+            path.chmod(mode)
+        if refused is None:
+            assert traceleft.read_companion(companion) == b"bpf/object"
+        else:
+            with pytest.raises(traceleft.HostError, match=f"{refused}, .*chown root and chmod go-w"):
+                traceleft.read_companion(companion)
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_what_is_no_file(self, companion, make):
+        companion.unlink()
+        make(companion)
+        with pytest.raises(OSError, match="regular file|directory"):
+            traceleft.read_companion(companion)
+
+    def test_modules_beside_the_script_and_in_the_current_directory_are_not_loaded(self, tmp_path):
+        copy = shutil.copy(SCRIPT, tmp_path)
+        for name in ("json", "signal", "argparse", "pwd", "traceleft"):
+            (tmp_path / f"{name}.py").write_text("raise SystemExit(77)")
+        (tmp_path / "traceleft.py").write_bytes(SCRIPT.read_bytes())
+        for script in (copy, SCRIPT):
+            assert run("events", "open", script=script, cwd=tmp_path).returncode == 0
 
 
 class TestEventTable:
@@ -2753,6 +2810,124 @@ class TestKernelSide:
         assert self.offsets(info)["run_cnt"] == traceleft.PROG_INFO_RUN_COUNT
         assert self.offsets(info)["recursion_misses"] == traceleft.PROG_INFO_RECURSION_MISSES
         assert self.offsets(info)["verified_insns"] == traceleft.PROG_INFO_VERIFIED_INSNS
+
+
+class TestPrivileges:
+    """What the process may do, as /proc says it, in every thread."""
+
+    pytestmark = live
+
+    BPF, PERFMON, DAC_OVERRIDE, DAC_READ_SEARCH = 1 << 39, 1 << 38, 1 << 1, 1 << 2
+    NOBODY = 65534
+
+    @pytest.fixture
+    def folder(self):
+        """A folder that nobody owns, where other users can reach it."""
+        with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+            os.chown(name, self.NOBODY, self.NOBODY)
+            yield Path(name)
+
+    def status(self, agent):
+        """The lines of /proc/PID/task/*/status about privileges, which have to be the same for each thread."""
+        names = ("Uid", "Gid", "Groups", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs")
+        found = set()
+        for path in Path(f"/proc/{agent.process.pid}/task").glob("*/status"):
+            lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            found.add(tuple(tuple(int(word, 16 if name.startswith("Cap") else 10) for word in lines[name].split())
+                            for name in names))
+        (values,) = found
+        return dict(zip(names, values))
+
+    def expected(self, kept, user=0, groups=None):
+        return {"Uid": (user,) * 4, "Gid": (user,) * 4, "Groups": (user,) if groups is None else groups, "CapInh": (0,),
+                "CapPrm": (kept,), "CapEff": (kept,), "CapBnd": (0,), "CapAmb": (0,), "NoNewPrivs": (1,)}
+
+    def a_file_spec(self, path, log, **more):
+        write_spec(path, a_spec(channel={"id": "1", "type": "file", "path": str(log)}, **more)).chmod(0o644)
+        return path
+
+    def test_printing_keeps_nothing(self):
+        with Agent("trace", "mkdir", "-v") as agent:
+            kept = 0 if traceleft.kernel_version() >= (5, 19) else self.BPF
+            assert self.status(agent) == self.expected(kept, groups=tuple(os.getgroups()))
+            code, _ = agent.stop()
+        assert code == 0
+        assert "traceleft: runs as user 0 with " + ("CAP_BPF" if kept else "no capability") in agent.stderr
+
+    def test_a_spec_keeps_what_a_reload_takes(self, tmp_path):
+        """With a grpc channel, whose threads have to have been started later."""
+        spec = grpc_spec(1)
+        spec["channels"].append({"id": "2", "type": "file", "path": f"{tmp_path}/log"})
+        spec["events"].append({**spec["events"][0], "id": "file", "channel": "2"})
+        with Agent("trace", "--collector-insecure", "--spec", write_spec(tmp_path / "spec", spec)) as agent:
+            assert len(list(Path(f"/proc/{agent.process.pid}/task").iterdir())) > 1
+            assert self.status(agent) == self.expected(self.BPF | self.PERFMON, groups=tuple(os.getgroups()))
+
+    def test_another_user(self, folder, programs):
+        spec = self.a_file_spec(folder / "spec", folder / "log", rule=f"arg1 == '{folder}/f'")
+        with Agent("trace", "--user", "nobody", "--spec", spec, "--summary", folder / "summary") as agent:
+            kept = self.BPF | self.PERFMON | self.DAC_READ_SEARCH  # tracefs is root's
+            assert self.status(agent) == self.expected(kept, self.NOBODY)
+            subprocess.run([programs["opens"], folder / "f", "1000"], check=True)
+            code, _ = agent.stop()
+        assert code == 0
+        assert json.loads((folder / "summary").read_text())["filters"][0]["matched"] == 1000
+        assert {(folder / name).stat().st_uid for name in ("log", "summary")} == {self.NOBODY}
+
+    def test_root_keeps_what_writing_to_a_users_folder_takes(self, folder):
+        """To create the file anew, once it has been rotated; and says so."""
+        spec = self.a_file_spec(folder / "spec", folder / "log")
+        with Agent("trace", "--spec", spec) as agent:
+            assert self.status(agent)["CapEff"] == (self.BPF | self.PERFMON | self.DAC_OVERRIDE,)
+        assert f"traceleft: keeps CAP_DAC_OVERRIDE: channel '1' writes to {folder}/log" in agent.stderr
+
+    def with_only(self, capabilities):
+        """A prefix that runs a command as nobody with these capabilities."""
+        words = "-all" + "".join(f",+{name}" for name in capabilities)
+        return ["setpriv", f"--reuid={self.NOBODY}", f"--regid={self.NOBODY}", "--clear-groups", f"--inh-caps={words}",
+                f"--ambient-caps={words}", f"--bounding-set={words}"]
+
+    def as_nobody(self, folder):
+        """A copy of the script where nobody can read it, and the system's Python, which nobody can run."""
+        shutil.copy(SCRIPT, folder)
+        shutil.copytree(SCRIPT.parent / "bpf", folder / "bpf", ignore=shutil.ignore_patterns("*.[ch]"))
+        return {"script": folder / "traceleft.py", "python": "/usr/bin/python3"}
+
+    def test_starts_without_full_root(self, folder, programs):
+        """Syscalls, connections and the BTF tracepoint for all syscalls: each takes no more than these three."""
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(folder / "log")}, rule=f"arg1 == '{folder}/f'")
+        names = ("read", "write", "futex", "connect_v4")
+        spec["events"] += [{**spec["events"][0], "name": name, "rule": "pid == 0"} for name in names]
+        prefix = self.with_only(["bpf", "perfmon", "dac_read_search"])
+        with Agent("trace", "--spec", write_spec(folder / "spec", spec), "--summary", "-", prefix=prefix,
+                   **self.as_nobody(folder)) as agent:
+            assert self.status(agent)["CapEff"] == (self.BPF | self.PERFMON | self.DAC_READ_SEARCH,)
+            assert "sys_exit, inet_sock_set_state" in agent.stderr[-1]
+            subprocess.run([programs["opens"], folder / "f", "1000"], check=True)
+            code, output = agent.stop()
+        assert code == 0
+        assert [row["matched"] for row in json.loads(output)["filters"]] == [1000, 0, 0, 0, 0]
+
+    @pytest.mark.parametrize("capabilities, message", [
+        ((), "missing privilege CAP_BPF and CAP_PERFMON"),
+        (("bpf", "dac_read_search"), "missing privilege CAP_PERFMON"),
+        (("perfmon", "dac_read_search"), "missing privilege CAP_BPF"),
+        (("bpf", "perfmon"), "with CAP_DAC_READ_SEARCH too"),
+    ])
+    def test_says_which_capability_is_missing(self, folder, capabilities, message):
+        assert_one_line(run("trace", "mkdir", prefix=self.with_only(capabilities), **self.as_nobody(folder)), 3, message)
+
+    @pytest.mark.parametrize("prefix, name, code, message", [
+        ((), "nosuchuser", 2, "there is no user 'nosuchuser'"),
+        (("setpriv", "--bounding-set=-setuid"), "nobody", 3, "--user takes CAP_SETUID and CAP_SETGID"),
+    ])
+    def test_users_that_it_cannot_become(self, prefix, name, code, message):
+        assert_one_line(run("trace", "mkdir", "--user", name, prefix=prefix), code, message)
+
+    def test_a_user_who_may_not_write_there(self, tmp_path):
+        spec = self.a_file_spec(tmp_path / "spec", tmp_path / "log")
+        assert_one_line(run("trace", "--user", "nobody", "--spec", spec), 1, "Permission denied")
+        assert {path.name for path in tmp_path.iterdir()} == {"spec"}
 
 
 @pytest.mark.usefixtures("programs")

@@ -15,13 +15,15 @@ examples:
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036  3.7 and 3.8 get so far
     sys.stderr.write("traceleft: Python %d.%d is too old: it needs 3.9 or later\n" % sys.version_info[:2])  # noqa: UP031
     sys.exit(3)
 if __name__ == "__main__":  # the imports below take a tenth of a second: a signal by then finds nothing to undo
+    # A module is never one that lies beside the script or in the current directory: somebody may have put it there.
+    sys.path = [_path for _path in sys.path if _path not in ("", os.path.dirname(os.path.abspath(__file__)))]
+    import signal
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(0))
 
@@ -47,6 +49,7 @@ import re
 import selectors
 import select
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -145,8 +148,38 @@ COMMIT_NAME = "commit"  # a member of the archive
 
 
 def read_companion(path: Union[str, os.PathLike[str]]) -> bytes:
-    """The content of a file that came along, by its path below HOME. Raises OSError."""
-    return __loader__.get_data(os.path.relpath(path, HOME)) if IS_ARCHIVE else Path(path).read_bytes()  # type: ignore
+    """The content of a file that came along, by its path below HOME. Raises OSError and, for a file that somebody can
+    change who cannot change this script, HostError."""
+    return __loader__.get_data(os.path.relpath(path, HOME)) if IS_ARCHIVE else read_trusted(path)  # type: ignore
+
+
+def read_trusted(path: Union[str, os.PathLike[str]]) -> bytes:
+    """The content of a regular file that, like its directory, only those can change who can change the script.
+
+    What is checked is what is read: file and directory are opened first.
+    """
+    folder, name = os.path.split(os.fspath(path))
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.fdopen(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory), "rb") as file:
+            trusted = writers(os.stat(os.path.realpath(__file__))) | {"root", "group 0", f"user {os.geteuid()}"}
+            for what, status in ((folder, os.fstat(directory)), (os.fspath(path), os.fstat(file.fileno()))):
+                strangers = sorted(writers(status) - trusted | writers(status) & {"everybody"})
+                if strangers:
+                    raise HostError(f"{what} can be changed by {' and '.join(strangers)}, and what is in it is loaded "
+                                    f"into the kernel: chown root and chmod go-w it")
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            return file.read()
+    finally:
+        os.close(directory)
+
+
+def writers(status: os.stat_result) -> Set[str]:
+    """Who can write to a file: its owner, and by its mode its group and everybody."""
+    return ({"root" if status.st_uid == 0 else f"user {status.st_uid}"}
+            | ({f"group {status.st_gid}"} if status.st_mode & stat.S_IWGRP else set())
+            | ({"everybody"} if status.st_mode & stat.S_IWOTH else set()))
 
 
 def commit() -> str:
@@ -4569,7 +4602,9 @@ SampleCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 class BpfObjectOpenOpts(ctypes.Structure):
     """The first members of struct bpf_object_open_opts (bpf/libbpf.h); `sz` tells libbpf that there are no more."""
 
-    _fields_ = [("sz", ctypes.c_size_t), ("object_name", ctypes.c_char_p)]
+    _fields_ = [("sz", ctypes.c_size_t), ("object_name", ctypes.c_char_p), ("relaxed_maps", ctypes.c_bool),
+                ("pin_root_path", ctypes.c_char_p), ("removed", ctypes.c_uint32), ("kconfig", ctypes.c_char_p),
+                ("btf_custom_path", ctypes.c_char_p)]
 
 
 class BpfTracepointOpts(ctypes.Structure):
@@ -4666,6 +4701,134 @@ class Libbpf:
 
 
 # ======================================================================================================================
+# Privileges: what the process may do at the start, and what it keeps once it has attached
+# ======================================================================================================================
+
+# include/uapi/linux/capability.h
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_ADMIN = 1, 2, 6, 7, 8, 21
+CAP_PERFMON, CAP_BPF = 38, 39
+CAPABILITY_NAMES = {CAP_DAC_OVERRIDE: "CAP_DAC_OVERRIDE", CAP_DAC_READ_SEARCH: "CAP_DAC_READ_SEARCH",
+                    CAP_PERFMON: "CAP_PERFMON", CAP_BPF: "CAP_BPF"}
+START_CAPABILITIES = (  # what starting may take; those that the process does not have are missed where they are needed
+    CAP_BPF, CAP_PERFMON,  # load and attach
+    CAP_DAC_READ_SEARCH,   # tracefs, for a user other than root
+    CAP_SYS_ADMIN,         # mount tracefs
+    CAP_SETPCAP)           # empty the bounding set
+CAPABILITY_HEADER = struct.pack("=Ii", 0x20080522, 0)  # struct __user_cap_header_struct: version 3, this thread
+PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 8, 24, 38  # include/uapi/linux/prctl.h
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+BPF_WITHOUT_CAPABILITY = (5, 19)  # before, with unprivileged BPF disabled, even the figures of a program took CAP_BPF
+SYS_FACCESSAT2, AT_EACCESS = 439, 0x200  # on every architecture; before 2.33 glibc guesses, for root always yes
+
+
+def libc_call(name: str, *arguments: Any) -> int:
+    """Calls a function of libc with integers and bytes. Raises OSError."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), name)
+    result = function(*(ctypes.c_ulong(argument) if isinstance(argument, int) else argument for argument in arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+    return int(result)
+
+
+def capability_set(name: str) -> int:
+    """A bit mask of /proc/self/status: CapEff, CapPrm, …"""
+    match = re.search(rf"^{name}:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.M)
+    return int(match[1], 16) if match else 0
+
+
+def set_capabilities(effective: Iterable[int], permitted: Optional[Iterable[int]] = None) -> None:
+    """Sets this thread's capabilities, of those that it has; no program that it executes inherits any.
+
+    `permitted`, which it may make effective again: without it the effective ones. Raises OSError.
+    """
+    have = capability_set("CapPrm")
+    masks = [sum(1 << bit for bit in set(bits)) & have
+             for bits in (effective, effective if permitted is None else permitted)]
+    words = [mask >> half & 0xFFFF_FFFF for half in (0, 32) for mask in (*masks, 0)]  # struct __user_cap_data_struct
+    libc_call("capset", CAPABILITY_HEADER, struct.pack("=6I", *words))
+
+
+def may_access(path: str, mode: int) -> bool:
+    """Whether the effective user and capabilities allow it (os.R_OK, …)."""
+    try:
+        return libc_call("syscall", SYS_FACCESSAT2, AT_FDCWD, os.fsencode(path), mode, AT_EACCESS) == 0
+    except OSError:
+        return False
+
+
+def become_user(name: str) -> None:
+    """Takes on a user's ids and groups, and keeps what starting takes. Raises UsageError and HostError."""
+    try:
+        user = importlib.import_module("pwd").getpwnam(name)
+    except (KeyError, ValueError):
+        raise UsageError(f"--user: there is no user '{escape(name)}'") from None
+    if (os.getresuid(), os.getresgid()) == ((user.pw_uid,) * 3, (user.pw_gid,) * 3):
+        return
+    try:
+        libc_call("prctl", PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        os.setgroups(os.getgrouplist(name, user.pw_gid))
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+        set_capabilities(START_CAPABILITIES)
+    except OSError as error:
+        raise HostError(f"cannot become user '{escape(name)}' ({error.strerror}): --user takes CAP_SETUID and "
+                        "CAP_SETGID, which root has") from None
+
+
+class Reopened(NamedTuple):
+    """A path that is opened again during the run."""
+
+    path: str
+    mode: int  # os.R_OK or os.W_OK
+    why: str
+
+    @property
+    def capability(self) -> int:
+        return CAP_DAC_OVERRIDE if self.mode & os.W_OK else CAP_DAC_READ_SEARCH
+
+    def allowed(self) -> bool:
+        """Whether it takes no capability. To write is to create it again, too: after a rotation it is gone."""
+        folder = os.path.dirname(os.path.abspath(self.path))
+        if not may_access(folder, os.X_OK):
+            return False
+        if os.path.exists(self.path) and not may_access(self.path, self.mode):
+            return False
+        special = os.path.exists(self.path) and not os.path.isfile(self.path)  # is not rotated
+        return not self.mode & os.W_OK or special or may_access(folder, os.W_OK)
+
+
+def drop_privileges(reloads: bool, reopened: Sequence[Reopened] = ()) -> List[int]:
+    """Gives up, for good, every capability that the rest of the run does not need, and the way to get new ones.
+
+    What is needed is found out: to load again, with `reloads`, and what access to the paths takes, which is said.
+    Returns what is kept. Capabilities are a thread's: this is for the one that calls it, and those that it starts
+    later. Raises HostError.
+    """
+    kept = [CAP_BPF, CAP_PERFMON] if reloads else [CAP_BPF] if kernel_version() < BPF_WITHOUT_CAPABILITY else []
+    try:
+        for path in reopened:
+            set_capabilities([*kept, CAP_SETPCAP], range(64))  # those that are tried to do without can be taken back
+            if not path.allowed() and capability_set("CapPrm") >> path.capability & 1:
+                kept.append(path.capability)
+                say(f"keeps {CAPABILITY_NAMES[path.capability]}: {path.why}")
+        empty_bounding_set()
+        libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc_call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+        set_capabilities(kept)
+    except OSError as error:
+        raise HostError(f"cannot give up privileges: {error.strerror}") from None
+    return kept
+
+
+def empty_bounding_set() -> None:
+    """Of those that programs which it executes can have. Without CAP_SETPCAP it stays: no_new_privs means the same."""
+    if capability_set("CapEff") >> CAP_SETPCAP & 1:
+        for capability in range(64):
+            if capability_set("CapBnd") >> capability & 1:
+                libc_call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+
+# ======================================================================================================================
 # Tracer: loads, attaches and reads the kernel side
 # ======================================================================================================================
 
@@ -4701,17 +4864,13 @@ WAKEUP_BYTES = 64 << 10
 PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
 PROG_INFO_RUN_TIME, PROG_INFO_RUN_COUNT, PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 192, 200, 208, 216
 
-# include/uapi/linux/capability.h
-CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 21, 38, 39
 PROC_PID_INIT_INO = 0xEFFFFFFC  # inode of the initial pid namespace, include/linux/proc_ns.h
 
 
-def effective_capabilities() -> int:
-    """The bit mask CapEff of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return int(line.split()[1], 16)
-    return 0
+def kernel_version() -> Tuple[int, int]:
+    """(6, 18) for 6.18.44-generic; (0, 0) for what is no version."""
+    match = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def lacks_proc() -> str:
@@ -4719,7 +4878,7 @@ def lacks_proc() -> str:
 
 
 def lacks_privilege() -> str:
-    capabilities = effective_capabilities()
+    capabilities = capability_set("CapEff")
     if capabilities >> CAP_SYS_ADMIN & 1:
         return ""
     missing = [name for name, bit in (("CAP_BPF", CAP_BPF), ("CAP_PERFMON", CAP_PERFMON))
@@ -4742,8 +4901,7 @@ def lacks_architecture() -> str:
 
 
 def lacks_kernel() -> str:
-    version = re.match(r"(\d+)\.(\d+)", platform.release())
-    if not version or (int(version[1]), int(version[2])) >= MIN_KERNEL:
+    if kernel_version() >= MIN_KERNEL or kernel_version() == (0, 0):
         return ""
     return f"kernel {platform.release()} is too old: it needs {'.'.join(map(str, MIN_KERNEL))} or later"
 
@@ -4795,7 +4953,7 @@ def mounted_tracefs() -> str:
     libc = ctypes.CDLL(None, use_errno=True)
     nosuid_nodev_noexec = 2 | 4 | 8  # MS_NOSUID, MS_NODEV, MS_NOEXEC in include/uapi/linux/mount.h
     if libc.mount(b"tracefs", path.encode(), b"tracefs", ctypes.c_ulong(nosuid_nodev_noexec), None) < 0:
-        raise HostError(f"cannot mount tracefs: {os.strerror(ctypes.get_errno())}; "
+        raise HostError(f"cannot mount tracefs, which takes CAP_SYS_ADMIN: {os.strerror(ctypes.get_errno())}; "
                         f"mount it: mount -t tracefs tracefs {path}")
     if not os.path.isdir(f"{path}/events/syscalls"):
         raise HostError("this kernel has no syscall tracepoints: it needs one built with CONFIG_FTRACE_SYSCALLS")
@@ -5024,7 +5182,8 @@ class Tracer:
         self.sources = plan_sources(self.plan, self.tracefs)
         self.sees_all = sees_all_syscalls(self.sources) if self.see_all is None else self.see_all
         self.object_bytes = read_object()
-        options = BpfObjectOpenOpts(ctypes.sizeof(BpfObjectOpenOpts), b"traceleft")
+        # Named as if it was not the kernel's own, its BTF is not looked for in modules too: that takes CAP_SYS_ADMIN
+        options = BpfObjectOpenOpts(ctypes.sizeof(BpfObjectOpenOpts), b"traceleft", btf_custom_path=BTF_PATH.encode())
         try:
             self.object = self.bpf.call("bpf_object__open_mem", self.object_bytes, len(self.object_bytes),
                                         ctypes.byref(options))
@@ -6747,6 +6906,8 @@ def command_trace(options: argparse.Namespace) -> int:
     for warning in spec.warnings if spec else ():
         say(f"warning: {warning}")
     with StopSignals() as stop:
+        if options.user is not None:
+            become_user(options.user)
         tables = Tables(spec.filters) if spec else Tables((), plan, PRINTED_FIELDS)
         tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
         watchers = None
@@ -6794,6 +6955,10 @@ def say_ready(tracer: Tracer, what: str) -> None:
 def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
                watchers: Watchers) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
+    check_channels(spec, options.collector_insecure)
+    tracer.attach()
+    # before the channels start threads, which would keep what they had
+    report_privileges(drop_privileges(True, reopened_paths(spec, tracer, options)), options)
     aggregator = Aggregator(spec, insecure=options.collector_insecure,
                             counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
     accounts = list(aggregator.accounts.values())
@@ -6815,7 +6980,6 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
         status.tick()
 
     try:
-        tracer.attach()
         if watchers.server is not None:
             watchers.server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
         watchers.status = lambda: format_totals(sum_accounts(accounts))
@@ -6829,11 +6993,48 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     return report(tracer, accounts, options.summary)
 
 
+def check_channels(spec: Spec, insecure: bool) -> None:
+    """Raises TraceleftError that names every channel which could not be opened; nothing is opened."""
+    channels = [make_channel(channel, {}, insecure) for channel in spec.used_channels]
+    problems = [problem for problem in (channel.problem() for channel in channels) if problem]
+    if problems:
+        raise TraceleftError(*problems)
+
+
+def reopened_paths(spec: Spec, tracer: Tracer, options: argparse.Namespace) -> List[Reopened]:
+    """What a run of the spec opens again when files are rotated, a collector comes back, on SIGHUP, and at the end."""
+    paths = summary_path(options)
+    for channel in spec.used_channels:
+        name = f"channel '{escape(channel.id)}'"
+        if channel.type == "file" and channel.path != "-":
+            paths.append(Reopened(channel.path, os.W_OK, f"{name} writes to {escape(channel.path)}"))
+        if channel.spool is not None:
+            paths.append(Reopened(channel.spool.dir, os.W_OK, f"{name} writes to {escape(channel.spool.dir)}"))
+        tls = channel.tls or TlsSpec()
+        for read in filter(None, (channel.token_file, tls.ca, tls.cert, tls.key)):
+            paths.append(Reopened(read, os.R_OK, f"{name} reads {escape(read)}"))
+    return [*paths, Reopened(options.spec, os.R_OK, f"SIGHUP reads {escape(options.spec)}"),
+            Reopened(f"{tracer.tracefs}/events/syscalls", os.R_OK, f"SIGHUP reads {tracer.tracefs}")]
+
+
+def summary_path(options: argparse.Namespace) -> List[Reopened]:
+    path = options.summary
+    return [] if path in (None, "-") else [Reopened(path, os.W_OK, f"--summary writes to {escape(path)}")]
+
+
+def report_privileges(kept: Sequence[int], options: argparse.Namespace) -> None:
+    """With -v, says what the process may still do."""
+    if options.verbose:
+        names = ", ".join(CAPABILITY_NAMES[capability] for capability in kept) or "no capability"
+        say(f"runs as user {os.getuid()} with {names}")
+
+
 def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
                 watchers: Watchers) -> int:
     """Prints every event until stopped, or until nobody reads."""
     printer = Printer(tracer.plan, stop)
     tracer.attach()
+    report_privileges(drop_privileges(False, summary_path(options)), options)
     if watchers.server is not None:
         watchers.server.figures = lambda: run_figures(tracer, printer.accounts.values())
     watchers.status = lambda: format_totals(sum_accounts(printer.accounts.values()))
@@ -7162,6 +7363,7 @@ def build_parser() -> Parser:
     trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
     trace.add_argument("--follow", action="store_true", help="children of the selected processes too")
     trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
+    trace.add_argument("--user", metavar="NAME", help="run as this user, with the capabilities that it takes")
     trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
                        help=f"ring buffer, a power of two (default {STREAM_RING_BYTES} where events are printed or a "
                             f"rule needs Python; for samples at most {SAMPLE_RING_BYTES})")
