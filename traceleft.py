@@ -758,17 +758,17 @@ class Event(NamedTuple):
     @property
     def hash(self) -> int:
         """64 bits over event type, program id, pid, ret and the arguments other than buffers, equal on every host."""
-        packed = [self.name.encode(), HASHED.pack(self.program_id, self.pid, self.ret)]
+        packed = [self.name.encode() + b"\0", HASHED.pack(self.pid, self.ret, self.program_id)]
         for argument, value in zip(EVENT_TYPES[self.name].arguments, self.args):
             if isinstance(value, int):
                 packed.append((value & ADDRESS_MASK).to_bytes(16, "little") if argument.type.bits > 64 else
                               (value & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little"))
             elif not argument.type.is_buffer:
                 packed.append(encode_text(value) + b"\0")
-        return int.from_bytes(blake2b(b"\0".join(packed), digest_size=8).digest(), "little")
+        return int.from_bytes(blake2b(b"".join(packed), digest_size=8).digest(), "little")
 
 
-HASHED = struct.Struct("<QQq")
+HASHED = struct.Struct("<IqQ")
 ADDRESS_MASK = (1 << 128) - 1
 CONTAINER_ID = re.compile(r"([0-9a-f]{64})(?:\.scope)?(?:/[^/]*)*$")  # of Docker, containerd, CRI-O, Podman
 
@@ -904,6 +904,80 @@ def format_event(event: Event) -> str:
     """The line that `trace` without a spec prints."""
     return (f"name {event.name} pid {event.pid} program id {event.program_id} return value {event.ret} "
             f"hash {event.hash} {format_args(event)}" + (" [container]" if event.in_container else ""))
+
+
+HEADER_OFFSETS = {name: struct.calcsize("=" + "".join(code for _, code in HEADER_FIELDS[:index]))
+                  for index, (name, _) in enumerate(HEADER_FIELDS)}
+
+
+class LineFormat:
+    """format_event(decode_record(record)) in one step for records of one event type: the hot path of printing all.
+
+    Integers go from the record into the line as they are; so there are steps only for the other arguments. What is
+    hashed are pieces of the record, since both are little-endian.
+    """
+
+    UNCOMMON_FLAGS = INCOMPLETE_MASK | FLAG_CONTAINER
+    RET, ARGS, PID = (HEADER_OFFSETS[name] for name in ("ret", "args", "pid"))
+
+    def __init__(self, event: EventType) -> None:
+        arguments = event.arguments
+        self.is_plain = all(argument.slot == i and not argument.type.is_cooked for i, argument in enumerate(arguments))
+        codes = "".join("q" if argument.is_signed else "Q" for argument in arguments)
+        # of struct event_header: args, files, pid, event, flags, version, and before them ret and program_id
+        self.values = struct.Struct(f"=8xqQ{codes}{8 * (MAX_SLOTS - len(codes))}x24x2QI32xHH4xI")
+        self.template = f"name {event.name} pid %d program id %d return value %d hash %d" + "".join(
+            f' {argument.label} "%s"' if argument.is_text else f" {argument.label} %s" for argument in arguments)
+        self.head = event.name.encode() + b"\0"
+        self.texts, begin = [], self.RET
+        for i, argument in enumerate(arguments):
+            if argument.is_text:
+                place = self.ARGS + 8 * i
+                self.texts.append((i, slice(begin, place), argument.type.is_buffer))
+                begin = place + 8
+        self.rest = slice(begin, self.ARGS + 8 * len(arguments))
+        self.shown = [(i, argument.type.show) for i, argument in enumerate(arguments)
+                      if not argument.is_text and argument.type.show is not str]
+        self.descriptors = [i for i, argument in enumerate(arguments) if argument.type.is_descriptor]
+
+    def format(self, record: bytes) -> str:
+        ret, program_id, *args, file, file_1, pid, _, flags, version = self.values.unpack_from(record)
+        if flags & self.UNCOMMON_FLAGS or version != RECORD_VERSION or not self.is_plain:
+            return format_event(decode_record(record))
+        hashed = [self.head, record[self.PID:self.PID + 4]]
+        for i, before, is_buffer in self.texts:
+            begin = HEADER.size + (args[i] >> 32)
+            text = record[begin:begin + (args[i] & 0xFFFF_FFFF)]
+            hashed.append(record[before])
+            if not is_buffer:
+                hashed.append(text + b"\0")
+            args[i] = escape(text.decode("utf-8", "surrogateescape"))
+        hashed.append(record[self.rest])
+        for i, show in self.shown:
+            args[i] = show(args[i])
+        for i in self.descriptors:
+            args[i] = f"{args[i]}<{escape(record_text(record, file), '<>') or 'unknown'}>"
+            file = file_1
+        digest = blake2b(b"".join(hashed), digest_size=8).digest()
+        return self.template % (pid, program_id, ret, int.from_bytes(digest, "little"), *args)
+
+
+EVENT_OF_RECORD = struct.Struct("=H")
+line_formats: Dict[int, LineFormat] = {}  # event id -> its format, once it is needed
+
+
+def record_event(record: bytes) -> int:
+    """The place of a record's event type in EVENT_NAMES."""
+    event_id: int = EVENT_OF_RECORD.unpack_from(record, HEADER_OFFSETS["event"])[0]
+    return event_id
+
+
+def format_record(record: bytes) -> str:
+    """The line that `trace` without a spec prints, from a record of the ring buffer."""
+    event_id = record_event(record)
+    if event_id not in line_formats:
+        line_formats[event_id] = LineFormat(EVENT_TYPES[EVENT_NAMES[event_id]])
+    return line_formats[event_id].format(record)
 
 
 # ======================================================================================================================
@@ -5133,6 +5207,7 @@ class Tracer:
             self.plan = plan_selectors([parse_selector(s) if isinstance(s, str) else s for s in texts])
         self.tables = tables if tables is not None else Tables((), self.plan)
         self.streams = any(member.spec is None for member in self.tables.filters)
+        self.samples_expected = any(member.spec is not None for member in self.tables.filters)
         self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else os.sysconf("SC_PAGE_SIZE"))
         self.sample_ring_bytes = min(ring_bytes or SAMPLE_RING_BYTES, SAMPLE_RING_BYTES)
         self.verbose, self.follow, self.see_all = verbose, follow, see_all
@@ -5402,7 +5477,15 @@ class Tracer:
             return -errno.EIO
 
     def poll(self) -> List[Event]:
-        """The streamed events that are pending; `more` says whether there are others. Never blocks.
+        """The streamed events that are pending, see poll_records()."""
+        return [self.decode(record) for record in self.poll_records()]
+
+    def decode(self, record: bytes) -> Event:
+        """The event of a streamed record, its time in Unix time."""
+        return decode_record(record, self.clock_offset_ns)
+
+    def poll_records(self) -> List[bytes]:
+        """The records that are pending of streamed events; `more` says whether there are others. Never blocks.
 
         At most BATCH records are read; samples among them are kept for take_sample().
         """
@@ -5415,22 +5498,28 @@ class Tracer:
         self.more = status == -errno.EAGAIN
         records, self.records = self.records, []
         self.consumed += len(records)
-        events = []
+        if not self.samples_expected:
+            return records
+        streamed = []
         for record in records:
             index, tick = RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)
-            event = decode_record(record, self.clock_offset_ns)
             if self.tables.filters[index].spec is None:
-                events.append(event)
+                streamed.append(record)
             else:
-                self.samples[index] = [*self.samples.get(index, ())[-1:], (tick, event)]
-        return events
+                self.samples[index] = [*self.samples.get(index, ())[-1:], (tick, self.decode(record))]
+        return streamed
 
     def drain(self) -> Iterator[Event]:
         """After detach(): the events that are left, to the last one that the kernel has counted."""
+        for records in self.drain_records():
+            yield from map(self.decode, records)
+
+    def drain_records(self) -> Iterator[List[bytes]]:
+        """The same as records, some at a time."""
         deadline = time.monotonic() + DRAIN_TIMEOUT
         while self.consumed < self.submitted() and time.monotonic() < deadline:
             before = self.consumed
-            yield from self.poll()
+            yield self.poll_records()
             if self.consumed > before:  # the time is for programs that are still running, not for a long backlog
                 deadline = time.monotonic() + DRAIN_TIMEOUT
 
@@ -5538,8 +5627,9 @@ class Tracer:
 
     def detach(self) -> None:
         """Stops tracing; what is in the ring can still be read."""
-        while self.links:
-            self.bpf.library.bpf_link__destroy(self.links.pop())
+        with contextlib.suppress(IndexError):  # and not `while self.links`: another thread may be at it too
+            while True:
+                self.bpf.library.bpf_link__destroy(self.links.pop())
 
     def close(self) -> None:
         """Detaches and frees everything; can be called twice."""
@@ -5630,9 +5720,9 @@ def boot_time() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callable[[], None], stop: StopSignals,
+def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callable[[], None], stop: StopSignals,
              duration: Optional[float], watchers: Watchers) -> None:
-    """Hands over events, and calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
+    """Hands over records, calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
     interval = POLL_INTERVAL if tracer.streams else 1.0
     second = boot_time() // 1
@@ -5644,7 +5734,7 @@ def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callab
         while not stop.stopped and time.monotonic() < end:
             if not tracer.more:
                 selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
-            handle(tracer.poll())
+            handle(tracer.poll_records())
             watchers.serve()
             if boot_time() // 1 != second:
                 second = boot_time() // 1
@@ -5652,9 +5742,14 @@ def run_loop(tracer: Tracer, handle: Callable[[List[Event]], None], tick: Callab
                 tick()
                 watchers.tick()
     watchers.stopping()
-    tracer.detach()
-    for event in tracer.drain():
-        handle([event])
+    detaching = threading.Thread(target=tracer.detach)  # takes a while, in which the ring should not fill
+    detaching.start()
+    while detaching.is_alive():
+        handle(tracer.poll_records())
+        if not tracer.more:
+            detaching.join(0.01)
+    for records in tracer.drain_records():
+        handle(records)
 
 
 class KernelCounts:
@@ -5666,11 +5761,11 @@ class KernelCounts:
                        if member.spec is not None]
         self.before = [FilterCounts(0, 0, 0, 0, 0)] * len(tracer.tables.filters)
 
-    def tick(self, handle: Callable[[List[Event]], None]) -> None:
-        """Ends the tick; `handle` takes the streamed events that are read along with the samples."""
+    def tick(self, handle: Callable[[List[bytes]], None]) -> None:
+        """Ends the tick; `handle` takes the streamed records that are read along with the samples."""
         ended = self.tracer.next_tick()
         counts = self.tracer.read_counts()
-        handle(self.tracer.poll())
+        handle(self.tracer.poll_records())
         for index, state in self.states:
             new, old = counts[index], self.before[index]
             if new.matched != old.matched:
@@ -5743,35 +5838,30 @@ class Printer:
     """Events to stdout, one line each, in the accounting of their event type."""
 
     CHUNK = 4096  # PIPE_BUF: as much as a pipe that select() calls writable takes without blocking
+    BATCH = 64    # lines that are delivered or lost together
 
     def __init__(self, names: Iterable[str], stop: StopSignals) -> None:
         self.accounts = {name: Account(name, name) for name in names}
         self.stop = stop
         self.failed = False  # nobody reads any more
 
-    def print_events(self, events: List[Event]) -> None:
+    def print_records(self, records: List[bytes]) -> None:
         """Stops the run when nobody reads any more; what is not written by then is lost."""
-        waiting: List[Account] = []
-        data = b""
-        for event in events:
-            account = self.accounts[event.name]
-            account.matched += 1
-            account.passed += 1
-            account.alerts += 1
-            waiting.append(account)
-            data += (format_event(event) + "\n").encode("utf-8", "backslashreplace")
-            if len(data) >= self.CHUNK:
-                self.settle(waiting, self.write(data))
-                waiting, data = [], b""
-        self.settle(waiting, self.write(data))
+        for begin in range(0, len(records), self.BATCH):
+            batch = records[begin:begin + self.BATCH]
+            text = "\n".join(map(format_record, batch)) + "\n"
+            self.settle(batch, self.write(text.encode("utf-8", "backslashreplace")))
 
-    @staticmethod
-    def settle(waiting: List[Account], written: bool) -> None:
-        for account in waiting:
+    def settle(self, records: List[bytes], written: bool) -> None:
+        for event_id, count in collections.Counter(map(record_event, records)).items():
+            account = self.accounts[EVENT_NAMES[event_id]]
+            account.matched += count
+            account.passed += count
+            account.alerts += count
             if written:
-                account.deliver(1)
+                account.deliver(count)
             else:
-                account.lose("not_written", 1)
+                account.lose("not_written", count)
 
     def write(self, data: bytes) -> bool:
         """Whether all of it was written; a reader that stalls is waited for until a signal stops the run."""
@@ -6965,9 +7055,9 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     counts, uring = KernelCounts(tracer, aggregator), UringWatch(tracer)
     status = StatusLine(lambda: sum_accounts(accounts))
 
-    def handle(events: List[Event]) -> None:
-        for event in events:
-            aggregator.add(event)
+    def handle(records: List[bytes]) -> None:
+        for record in records:
+            aggregator.add(tracer.decode(record))
 
     def tick() -> None:
         if stop.reopen:
@@ -7040,7 +7130,7 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
     watchers.status = lambda: format_totals(sum_accounts(printer.accounts.values()))
     say_ready(tracer, "printing every event")
     watchers.ready()
-    run_loop(tracer, printer.print_events, UringWatch(tracer).tick, stop, options.duration, watchers)
+    run_loop(tracer, printer.print_records, UringWatch(tracer).tick, stop, options.duration, watchers)
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
