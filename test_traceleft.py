@@ -290,7 +290,7 @@ C_PROGRAMS = {
             strcpy(low, argv[1]);
             asm volatile("int $0x80" : "=a"(ret) : "a"(5L), "b"(low), "c"(0L), "d"(0L) : "memory");  /* open; fstat */
             asm volatile("int $0x80" : "=a"(ret) : "a"(83L), "b"(low), "c"(low), "d"(0L) : "memory"); /* symlink; mkdir */
-            return ret != -17; /* EEXIST: it was symlink */
+            return ret != 0;
         }
     """,
     # opens a file by io_uring alone: uring NAME
@@ -2973,9 +2973,21 @@ class TestTracer:
         return traceleft.format_event(event)
 
     def test_every_named_syscall_to_the_letter(self, programs, tmp_path):
-        here = str(tmp_path)
-        lines, pid, code = self.trace_calls(programs, here, "42:{pid}:" + ",".join(list(EVENT_TYPES)[:12]))
+        lines, pid, code = self.trace_calls(programs, str(tmp_path), "42:{pid}:" + ",".join(list(EVENT_TYPES)[:12]))
         assert code == 0
+        self.assert_calls(lines, pid, str(tmp_path))
+
+    @pytest.mark.parametrize("see_all, program", [(True, "every_sys_exit"), (False, "sys_exit")])
+    def test_both_ways_to_attach_see_the_same(self, programs, tmp_path, see_all, program):
+        caller = subprocess.Popen([programs["calls"], tmp_path], stdin=subprocess.PIPE)
+        with traceleft.Tracer(f"42:{caller.pid}:{','.join(list(EVENT_TYPES)[:12])}", see_all=see_all) as tracer:
+            assert {"every_sys_exit", "sys_exit"} & {attachment.program for attachment in tracer.attached} == {program}
+            caller.stdin.close()
+            assert caller.wait(DEADLINE) == 0
+            self.assert_calls([traceleft.format_event(event) for event in tracer.drain()], caller.pid, str(tmp_path))
+
+    def assert_calls(self, lines, pid, here):
+        """That these are the lines of the program `calls` in the directory `here`, traced as program 42."""
         lines = lines[lines.index(next(line for line in lines if '"file" Flags' in line)):]  # after its start-up
 
         def line(path, *call, **more):
@@ -4014,6 +4026,162 @@ threading.Event().wait()
             process.wait()
 
 
+class TestEverySyscall:
+    pytestmark = live
+
+    EXECUTES = """
+import ctypes, os, sys
+sys.stdin.read()
+os.chdir(sys.argv[1])
+libc = ctypes.CDLL(None)
+argv = (ctypes.c_char_p * 3)(b"one", b"two words", None)
+def child(function, *arguments):
+    if not os.fork():
+        function(*arguments)
+        os._exit(99)
+    os.wait()
+for path in ("/nowhere/program", "/tmp", "text"):
+    try:
+        os.execv(path, ["one", "two words"])
+    except OSError:
+        pass
+child(os.execv, "./script", ["one", "two words"])
+child(os.execv, "sub/../true", ["x", "", "y"])
+child(os.execv, "true", ["t" * 4000, "u" * 95])
+child(os.execv, "true", ["t" * 4000, "u" * 96])
+child(os.execv, "true", ["t" * 5000])
+child(os.execv, "true", ["t"] * 300)
+directory, program = os.open(".", os.O_PATH | os.O_CLOEXEC), os.open("true", os.O_PATH)
+child(libc.execveat, directory, b"true", argv, None, 0)
+child(libc.execveat, program, b"", argv, None, 0x1000)
+child(libc.execveat, directory, b"false", argv, None, 0)
+child(libc.execve, b"true", ctypes.c_void_p(8), None)
+child(libc.execve, ctypes.c_void_p(8), argv, None)
+child(libc.execve, b"true", None, None)
+os._exit(7)
+"""
+
+    @contextlib.contextmanager
+    def waiting(self, *command):
+        """A process that waits until its standard input is closed."""
+        process = subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+
+    @staticmethod
+    def go(process, code=0):
+        process.stdin.close()
+        assert process.wait(DEADLINE) == code
+
+    def test_programs_and_their_arguments(self, tmp_path):
+        """Read before they are replaced, of calls that fail too; the path is that of the program that runs then."""
+        here, shell = str(tmp_path), os.path.realpath("/bin/sh")
+        shutil.copy(os.path.realpath(shutil.which("true")), tmp_path / "true")
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "text").write_text("no program")
+        (tmp_path / "script").write_text("#! /bin/sh\nexit 3\n")
+        (tmp_path / "script").chmod(0o755)
+        with self.waiting(sys.executable, "-I", "-S", "-c", self.EXECUTES, here) as process:
+            events = record(f"{process.pid}:execve,execveat,exit_group", lambda: self.go(process, 7), follow=True)
+        words, true = "one two words", f"{here}/true"
+        calls = [
+            # result, name, arguments (text of them), path, whether it is unresolved, bits of what is incomplete
+            (-2, "/nowhere/program", words, "/nowhere/program", True, 0),
+            (-13, "/tmp", words, "/tmp", True, 0),
+            (-13, "text", words, f"{here}/text", True, 0),
+            (0, "./script", words, shell, False, 0),
+            (0, "sub/../true", "x  y", true, False, 0),
+            (0, "true", "t" * 4000 + " " + "u" * 95, true, False, 0),
+            (0, "true", "t" * 4000 + " " + "u" * 95, true, False, 2),
+            (0, "true", "t" * 4096, true, False, 2),
+            (0, "true", " ".join("t" * 128), true, False, 2),
+            (0, "true", words, true, False, 0),
+            (0, "", words, true, False, 0),
+            (-2, "false", words, f"{here}/false", True, 0),
+            (-14, "true", "", true, True, 2),
+            (-14, "", words, here, True, 1),
+            (0, "true", "", true, False, 0),
+        ]
+        executed = [event for event in events if event.name.startswith("execve")]
+        assert [(e.ret, *[value for value in e.args if isinstance(value, str)], e.path, e.path_unresolved, e.incomplete)
+                for e in executed] == calls
+        assert [(e.name, e.args[0], e.files[0], e.args[-1]) for e in executed if e.name == "execveat"] == [
+            ("execveat", 3, here, 0), ("execveat", 4, true, 0x1000), ("execveat", 3, here, 0)]
+        assert [(e.comm, e.exe) for e in executed[3:5]] == [("script", shell), ("true", true)]
+        codes = [3, 0, 0, 0, 0, 0, 0, 0, 99, 99, 99, 0, 7]  # a call that never returns is seen all the same
+        assert [(e.args[0], e.ret) for e in events if e.name == "exit_group"] == [(code, 0) for code in codes]
+        assert all("name exit_group" in traceleft.format_event(e) for e in events if e.name == "exit_group")
+
+    def test_a_thread_begins_a_program(self):
+        script = """
+import os, sys, threading
+sys.stdin.read()
+threading.Thread(target=lambda: os.execv("/bin/sh", ["sh", "-c", "exit 4"])).start()
+threading.Event().wait()
+"""
+        with self.waiting(sys.executable, "-I", "-S", "-c", script) as process:
+            events = record(f"{process.pid}:execve,exit_group", lambda: self.go(process, 4))
+        assert [(e.name, e.pid, e.tid, e.args[:2]) for e in events] == [
+            ("execve", process.pid, process.pid, ("/bin/sh", "sh -c exit 4")), ("exit_group", process.pid, process.pid, (4,))]
+
+    @pytest.mark.skipif(platform.machine() != "x86_64", reason="int $0x80 is of x86 alone")
+    @pytest.mark.parametrize("see_all", [True, False])
+    def test_32_bit_calls_are_not_taken_for_others(self, programs, tmp_path, see_all):
+        """Beginning a 32-bit program is a 64-bit call, and seen; its own calls are not, and mean others."""
+        link = tmp_path / "link"
+        code = bytes.fromhex("b853000000 bb00000000 b900000000 cd80  b801000000 bb07000000 cd80")  # mkdir in the other table; exit(7)
+        header = struct.pack("<16sHHIIIIIHHHHHH", b"\x7fELF\1\1\1", 2, 3, 1, 0x8048054, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+        segment = struct.pack("<8I", 1, 0, 0x8048000, 0x8048000, 84 + len(code), 84 + len(code), 5, 4096)
+        (tmp_path / "small").write_bytes(header + segment + code)
+        (tmp_path / "small").chmod(0o755)
+        done = []
+
+        def call():
+            done.append(subprocess.run([programs["compat"], link]).returncode)
+            done.append(subprocess.run([tmp_path / "small", "argument"]).returncode)
+        events = record("open,mkdir,symlink,fstat,exit,execve", call, see_all=see_all)
+        assert done == [0, 7] and link.is_symlink()  # they did what the other table says
+        assert not [e for e in events if e.name in ("mkdir", "symlink") or e.name == "open" and e.args[0] == str(link)]
+        assert [(e.path, e.args[1]) for e in events if e.name == "execve" and e.ret == 0] == [
+            (programs["compat"], f"{programs['compat']} {link}"), (f"{tmp_path}/small", f"{tmp_path}/small argument")]
+
+    def test_io_uring_is_said_once(self, programs, tmp_path):
+        (tmp_path / "f").touch()
+        said = "warning: io_uring is in use on this host"
+        with Agent("trace", "--follow", f"{os.getpid()}:open", "--summary", tmp_path / "summary") as agent:
+            for _ in range(3):
+                subprocess.run([programs["uring"], tmp_path / "f"], check=True)
+                subprocess.run([programs["uring"], tmp_path / "missing"])
+                wait_until(lambda: any(said in line for line in agent.stderr), "a word about io_uring")
+            code, output = agent.stop()
+        assert code == 0 and "libc.so" in output and str(tmp_path) not in output
+        lines = [line for line in agent.stderr if "io_uring" in line]
+        assert [said in line for line in lines] == [True, False]
+        assert lines[-1] == "traceleft: not seen: what io_uring did on this host, 6 submissions: 6 of openat"
+        assert json.loads((tmp_path / "summary").read_text())["io_uring"] == {"18": 6}
+
+    def test_every_name_is_an_event(self):
+        """All at once; those that this kernel lacks are one clear line each."""
+        tracefs = traceleft.mounted_tracefs()
+        names, problems = [], []
+        for name in traceleft.event_names():
+            try:
+                traceleft.find_event(name)
+                traceleft.plan_sources({name: traceleft.Wanted(True)}, tracefs)
+                names.append(name)
+            except traceleft.HostError as error:
+                problems.append(str(error))
+        assert len(names) > 300 and all("this kernel has no" in problem for problem in problems)
+        with traceleft.Tracer(",".join(names)) as tracer:
+            assert {source.event.name for source in tracer.sources} == set(names)
+        here = {path.name[len("sys_enter_"):] for path in Path(tracefs, "events/syscalls").glob("sys_enter_*")}
+        assert here <= {traceleft.TRACEPOINT_NAMES.get(name, name) for name in traceleft.event_names()}
+
+
 class TestWalkThrough:
     pytestmark = live
 
@@ -5021,7 +5189,8 @@ class TestCommandLine:
     @pytest.mark.parametrize("names, lines", [
         (["read", "write", "open", "close"], [r"every syscall \(tp_btf/sys_exit\): about 35%", "at entry, where .* to close"]),
         (["connect_v4"], ["to tp_btf/inet_sock_set_state, and to the exit of accept, accept4"]),
-        (["exit_group", "execve"], ["exit of execve: about 0%", "at entry, where .* to exit_group, execve|execve, exit_group"]),
+        (["exit_group", "execve"], ["exit of execve: about 0%", "at entry, where .* to exit_group, execve|execve, exit_group",
+                                    "to tp_btf/sched_process_exec"]),
     ])
     def test_explain_says_what_is_attached(self, names, lines):
         shown = traceleft.explain_attachments(names)

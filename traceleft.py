@@ -5156,6 +5156,7 @@ BTF_PROGRAMS = {
     # program -> the BTF tracepoint that its section names
     "every_sys_exit": "tp_btf/sys_exit", "tcp_state": "tp_btf/inet_sock_set_state",
     "follow_fork": "tp_btf/sched_process_fork", "forget_process": "tp_btf/sched_process_free",
+    "new_program": "tp_btf/sched_process_exec",
 }
 PROGRAMS = ("sys_exit", "sys_enter", "tcp_accept", "uring_submit", "tcp_owners", "feed", *BTF_PROGRAMS)
 URING_TRACEPOINTS = ("io_uring_submit_req", "io_uring_submit_sqe")  # since Linux 6.4, and before
@@ -5292,6 +5293,8 @@ class Tracer:
                 found.append(Attachment("sys_exit", "syscalls", f"sys_exit_{source.syscall.tracepoint}", cookie))
         if self.sees_all:
             found.append(Attachment("every_sys_exit"))
+        if any("exec" in source.event.traits for source in self.sources):
+            found.append(Attachment("new_program"))
         if any(source.event.is_tcp for source in self.sources):
             found.append(Attachment("tcp_state"))
             found += [Attachment("tcp_accept", "syscalls", f"sys_exit_{name}") for name in ("accept", "accept4")
@@ -7254,6 +7257,8 @@ def explain_attachments(names: Iterable[str]) -> List[str]:
                      f"syscalls, and up to {BUSY_SHARE}% that costs less than one for every syscall")
     if at_entry:
         lines.append(f"attached: at entry, where what they are about is still there, to {', '.join(at_entry)}")
+    if any("exec" in event.traits for event in events):
+        lines.append("attached: to tp_btf/sched_process_exec, where a new program begins")
     if any(event.is_tcp for event in events):
         lines.append("attached: to tp_btf/inet_sock_set_state, and to the exit of accept, accept4")
     return [*lines, "never traced: the tracer's own events", "not seen: " + "; ".join(NOT_SEEN)]

@@ -501,7 +501,7 @@ static __always_inline __u64 capture(struct record *record, const struct argumen
 __noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
 {
 	__u32 begin, at;
-	__u64 string;
+	__u64 string = array; /* the one that has not been read: 0 when all have */
 	__s64 size;
 	int i = 0;
 
@@ -509,8 +509,10 @@ __noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
 		return 0;
 	begin = at = record->used;
 	for (; i < MAX_ARGV; i++) {
-		if (bpf_probe_read_user(&string, sizeof(string), (void *)(array + i * sizeof(string))))
+		if (bpf_probe_read_user(&string, sizeof(string), (void *)(array + i * sizeof(string)))) {
+			string = array;
 			break;
+		}
 		if (!string || at >= begin + PATH_SIZE)
 			break;
 		if (at > TEXT_SIZE - STRING_SIZE)
@@ -520,9 +522,11 @@ __noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
 			break;
 		at += size; /* the NUL counts: it becomes the space */
 		record->data[(at - 1) & TEXT_MASK] = ' ';
+		if (size == STRING_SIZE)
+			break;
 		string = 0;
 	}
-	if (i == MAX_ARGV || string)
+	if (i == MAX_ARGV || string || at > begin + PATH_SIZE + 1)
 		record->flags |= EVENT_INCOMPLETE << (index & 7);
 	if (at > begin)
 		at--;
@@ -1155,8 +1159,8 @@ static __always_inline void begin_record(struct record *record, __u64 ret, __u32
 	record->values[FIELD_PROGRAM_ID] = program_id;
 }
 
-/* Takes up what was read at the entry of the call that ends now. */
-static __always_inline bool resume_call(struct record *record, __u32 row, __u32 pid)
+/* Takes up what was read at the entry of the call that the task is in. Returns whether there is any. */
+static __always_inline bool resume_call(struct record *record, __u32 pid)
 {
 	__u64 task = (__u64)current_task();
 	struct saved *saved = bpf_map_lookup_elem(&pending, &task);
@@ -1172,7 +1176,7 @@ static __always_inline bool resume_call(struct record *record, __u32 row, __u32 
 		bpf_probe_read_kernel(record, sizeof(*saved_long), saved_long);
 		bpf_map_delete_elem(&pending_long, &task);
 	}
-	return record->row == row && record->pid == pid; /* else it is what a task left behind that had its address */
+	return record->pid == pid; /* else it is what a task left behind that had its address */
 }
 
 /* One of the event types that the call becomes. Its registers are in the record. */
@@ -1190,8 +1194,8 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 	if (!matcher)
 		return 0;
 	if (!at_entry && source->flags & SOURCE_AT_ENTRY) {
-		if (!resume_call(record, row, pid))
-			return 0; /* it began before we did */
+		if (!resume_call(record, pid) || record->row != row)
+			return 0; /* it began before we did, or has begun a program */
 		record->values[FIELD_RET] = ret;
 		if (source->path_kind == PATH_EXE)
 			record->done &= ~(1U << FIELD_PATH);
@@ -1212,6 +1216,9 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 		if (source->path_kind == PATH_FD) {
 			fetch_more(record, source, 1U << FIELD_PATH);
 			settle_text(record, FIELD_PATH);
+		} else if (source->files[0] < MAX_ARGS) { /* a new program may not have it any more: O_CLOEXEC */
+			fetch_more(record, source, 1U << FIELD_FILE);
+			settle_text(record, FIELD_FILE);
 		}
 		key = (__u64)current_task();
 		if (record->used <= SHORT_DATA_SIZE ? bpf_map_update_elem(&pending, &key, record, BPF_ANY) :
@@ -1268,6 +1275,32 @@ int sys_enter(struct sys_exit_context *context)
 	struct task_struct *task = current_task();
 
 	return syscall_rows(bpf_get_attach_cookie(context), task, task_registers(task), 0, true);
+}
+
+/* A new program runs. The exit of its call does not tell: on x86 that of execveat is called execve, and that of a call
+ * which begins a 32-bit program is one of the 32-bit table (set_personality_64bit() and its like). */
+SEC("tp_btf/sched_process_exec")
+int new_program(void *context __attribute__((unused)))
+{
+	__u32 pid = bpf_get_current_pid_tgid() >> 32, row, event;
+	struct record *record = own_record(0);
+	struct matcher *matcher;
+	struct source *source;
+
+	if (!record || !resume_call(record, pid))
+		return 0;
+	row = record->row;
+	source = bpf_map_lookup_elem(&sources, &row);
+	if (!source || source->path_kind != PATH_EXE)
+		return 0;
+	event = source->event;
+	matcher = bpf_map_lookup_elem(&matchers, &event);
+	if (!matcher)
+		return 0;
+	record->values[FIELD_RET] = 0;
+	record->done &= ~(1U << FIELD_PATH);
+	deliver(record, source, matcher);
+	return 0;
 }
 
 /* Whether the task is in a call of the 32-bit table: its numbers mean other syscalls. */
