@@ -5219,6 +5219,7 @@ class Tracer:
         self.records: List[bytes] = []
         self.consumed = 0      # records read so far
         self.more = False      # the last poll() left records in the ring
+        self.held: Deque[bytes] = collections.deque()  # streamed records that have been read and not yet evaluated
         self.object: Any = None
         self.ring: Any = None
         self.run: Any = None   # struct run, mapped
@@ -5474,10 +5475,16 @@ class Tracer:
         """libbpf's sample callback. An exception in it would be swallowed: poll() raises it. Negative stops reading."""
         try:
             self.records.append(ctypes.string_at(data, size))
-            return -errno.EAGAIN if len(self.records) >= BATCH else 0
+            full = len(self.records) >= BATCH or self.held and self.is_streamed(self.records[-1])
+            return -errno.EAGAIN if full else 0
         except BaseException as error:
             self.callback_error = error
             return -errno.EIO
+
+    def is_streamed(self, record: bytes) -> bool:
+        """Whether it is an event for Python, and not a sample of a filter that the kernel evaluates."""
+        index, _ = RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)
+        return self.tables.filters[index].spec is None
 
     def poll(self) -> List[Event]:
         """The streamed events that are pending, see poll_records()."""
@@ -5602,7 +5609,7 @@ class Tracer:
     def unseen(self) -> Dict[str, Dict[str, int]]:
         """Event type -> cause -> streamed events that no filter has seen."""
         counts = self.read_counts()
-        not_read = sum(count.submitted for count in counts) - self.consumed
+        not_read = sum(count.submitted for count in counts) - self.consumed + len(self.held)
         causes = {member.event: {"ring_full": count.ring_full, "not_read": not_read}
                   for member, count in zip(self.tables.filters, counts) if member.spec is None}
         return {event: {cause: number for cause, number in found.items() if number} for event, found in causes.items()}
@@ -5680,6 +5687,8 @@ def load_hint(error: OSError) -> str:
 # Main loop: the ring buffer, signals and the one-second tick in one select loop
 # ======================================================================================================================
 
+MAX_HOLD = 0.2       # seconds for which rules are evaluated until signals and the time are looked at again
+STOP_TIMEOUT = 30.0  # seconds for which rules are evaluated after the end
 POLL_INTERVAL = 0.1  # seconds after which the ring is read although little is pending
 
 
@@ -5735,9 +5744,9 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
         if watchers.server is not None:
             selector.register(watchers.server, selectors.EVENT_READ)
         while not stop.stopped and time.monotonic() < end:
-            if not tracer.more:
+            if not tracer.more and not tracer.held:
                 selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
-            handle(tracer.poll_records())
+            handle([] if tracer.held else tracer.poll_records())
             watchers.serve()
             if boot_time() // 1 != second:
                 second = boot_time() // 1
@@ -5748,11 +5757,16 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
     detaching = threading.Thread(target=tracer.detach)  # takes a while, in which the ring should not fill
     detaching.start()
     while detaching.is_alive():
-        handle(tracer.poll_records())
-        if not tracer.more:
+        handle([] if tracer.held else tracer.poll_records())
+        if not tracer.more and not tracer.held:
             detaching.join(0.01)
+    deadline = time.monotonic() + STOP_TIMEOUT
     for records in tracer.drain_records():
         handle(records)
+        while tracer.held and time.monotonic() < deadline:
+            handle([])
+        if tracer.held:  # not_read, with what is in the ring
+            break
 
 
 class KernelCounts:
@@ -7059,8 +7073,10 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     status = StatusLine(lambda: sum_accounts(accounts))
 
     def handle(records: List[bytes]) -> None:
-        for record in records:
-            aggregator.add(tracer.decode(record))
+        tracer.held.extend(records)
+        deadline = time.monotonic() + MAX_HOLD
+        while tracer.held and time.monotonic() < deadline:
+            aggregator.add(tracer.decode(tracer.held.popleft()))
 
     def tick() -> None:
         if stop.reopen:
