@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import datetime
 import fcntl
 import functools
+import http.server
 import hashlib
 import importlib
 import itertools
@@ -4180,6 +4182,172 @@ threading.Event().wait()
             assert {source.event.name for source in tracer.sources} == set(names)
         here = {path.name[len("sys_enter_"):] for path in Path(tracefs, "events/syscalls").glob("sys_enter_*")}
         assert here <= {traceleft.TRACEPOINT_NAMES.get(name, name) for name in traceleft.event_names()}
+
+
+class TestAgainstStrace:
+    """Real programs under strace and under a tracer at once: the same calls with the same results on the same files."""
+
+    pytestmark = live
+
+    LINE = re.compile(r"(?P<tid>\d+) +(?P<name>\w+)\((?P<arguments>.*)\) += (?P<ret>\?|-?\w+)(?P<file><[^>]*>(\(deleted\))?)?"
+                      r"(?: (?P<error>E\w+))?(?: .*)?")
+    FILE = re.compile(r"(?:AT_FDCWD|\b\d+)<([^>]*)>(\(deleted\))?")
+    TEXT = re.compile(r'"((?:[^"\\]|\\.)*)"')
+    RESTARTS = {"ERESTARTSYS": 512, "ERESTARTNOINTR": 513, "ERESTARTNOHAND": 514, "ERESTART_RESTARTBLOCK": 516}
+    # one event for each syscall: `open` has four of them, and the others are those that an event has its own name from
+    FAMILY = {"open": "open", "creat": "open", "openat": "open", "openat2": "open", "faccessat2": "faccessat",
+              "fchmodat2": "fchmodat"}
+    NOT_COMPARED = {"exit", "fork", *FAMILY} - {"open"}
+
+    def events(self):
+        tracefs = traceleft.mounted_tracefs()
+        names = []
+        for name in set(traceleft.event_names()) - self.NOT_COMPARED:
+            with contextlib.suppress(traceleft.HostError):
+                if not traceleft.find_event(name).is_tcp:
+                    traceleft.plan_sources({name: traceleft.Wanted(True)}, tracefs)
+                    names.append(name)
+        return names
+
+    def parse(self, log):
+        """(tid, event, result, file, name) of each call of strace's log."""
+        pending = {}
+        for line in log.splitlines():
+            tid, _, rest = line.partition(" ")
+            if line.endswith("<unfinished ...>"):
+                pending[tid] = line[:-len("<unfinished ...>")].rstrip()
+                continue
+            resumed = re.match(r"\d+ +<\.\.\. \w+ resumed>(.*)", line)
+            line = pending.pop(tid) + resumed[1] if resumed else line
+            if not re.match(r"\d+ +\w+\(", line):
+                continue  # signals and ends
+            texts = self.TEXT.findall(line)
+            match = self.LINE.fullmatch(self.TEXT.sub('""', line))
+            assert match, line
+            yield self.call(match, texts)
+        for line in pending.values():
+            yield self.call(self.LINE.fullmatch(self.TEXT.sub('""', line).rstrip(")") + ") = ?"), self.TEXT.findall(line))
+
+    def call(self, match, texts):
+        name = self.FAMILY.get(match["name"], match["name"])
+        event = traceleft.find_event("umount2" if name == "umount" else name)
+        if match["error"]:
+            ret = -(self.RESTARTS.get(match["error"]) or getattr(traceleft.errno, match["error"]))
+        else:
+            ret = None if match["ret"] == "?" else int(match["ret"], 0)
+        found = self.FILE.search(match["arguments"]) if event.descriptors else None
+        if name == "open":
+            found = self.FILE.fullmatch("3" + match["file"]) if match["file"] else None
+        path = found[1] + (" " + found[2] if found[2] else "") if found else ""
+        names = [text for argument, text in zip((a for a in event.arguments if a.is_text), texts) if argument.type_name == "path"]
+        return int(match["tid"]), event.name, ret, path, *names[:1]
+
+    def ours(self, event):
+        types = event.type.arguments
+        names = [value for argument, value in zip(types, event.args) if argument.type_name == "path"]
+        path = event.files[0] if event.type.descriptors else event.path if event.name == "open" and event.ret >= 0 else ""
+        ret = event.ret & (1 << 64) - 1 if event.name in ("mmap", "brk", "mremap") and event.ret < -4095 else event.ret
+        return event.tid, event.name, ret, path, *names[:1]
+
+    @staticmethod
+    def explained(calls, cut_off):
+        """Without what only one of the two shows, each for a reason of its own."""
+        calls = [call for call in calls if not (call[1] in ("clone", "clone3", "vfork") and call[2] == 0)]  # the child's side
+        last = {call[0]: i for i, call in enumerate(calls)}
+        for i, (tid, name, *rest) in enumerate(calls):
+            # What goes on after a signal's handler has the value of a register as its result, which is none of the call.
+            # The last call of a thread that is killed has a result for the kernel only, and exit_group has none.
+            if name == "rt_sigreturn" or (tid, name) in cut_off and i == last[tid]:
+                calls[i] = (tid, name, None, *rest[1:])
+        return calls
+
+    def compare(self, tmp_path, *command, cwd, only=None, **options):
+        """Returns how many calls, of all syscalls or of those of some events, the program and its children made."""
+        log = tmp_path / "strace.log"
+        stub = ["sh", "-c", 'read line; exec "$@"', "sh", "strace", "-f", "-y", "-s", "4096", "-o", log, *command]
+        process = subprocess.Popen([*map(str, stub)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=cwd)
+        try:
+            with traceleft.Tracer(f"{process.pid}:{','.join(only or self.events())}", follow=True, **options) as tracer:
+                process.stdin.close()
+                assert process.wait(DEADLINE) == 0
+                events = list(tracer.drain())
+        finally:
+            process.kill()
+            process.wait()
+        calls = [call for call in self.parse(log.read_text()) if only is None or call[1] in only]
+        cut_off = {call[:2] for call in calls if call[2] is None}
+        theirs = self.explained(calls, cut_off)
+        tids = {call[0] for call in theirs}  # and not strace itself
+        mine = [self.ours(event) for event in events if event.tid in tids]
+        begin = next(i for i, call in enumerate(mine) if call[:3] == (theirs[0][0], "execve", 0))
+        mine = self.explained(mine[begin:], cut_off)  # before it runs the program, the first one is a part of strace
+        missing, more = (collections.Counter(a) - collections.Counter(b) for a, b in ((theirs, mine), (mine, theirs)))
+        assert (missing, more) == ({}, {})
+        return len(theirs)
+
+    def test_tar(self, tmp_path):
+        (tmp_path / "in").mkdir()
+        for i in range(20):
+            (tmp_path / "in" / f"file {i}").write_text("x" * i * 1000)
+        assert self.compare(tmp_path, "tar", "-czf", tmp_path / "a.tar.gz", "in", cwd=tmp_path) > 300
+
+    def test_tar_with_a_program_at_each_syscall(self, tmp_path):
+        only = ["open", "close", "read", "write", "fstat", "newfstatat", "execve", "exit_group", "unlinkat", "mkdir", "rt_sigreturn"]
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "file").write_text("text")
+        command = ["tar", "-cf", tmp_path / "a.tar", "--remove-files", "in"]
+        assert self.compare(tmp_path, *command, cwd=tmp_path, only=only, see_all=False) > 30
+
+    def test_git_status(self, tmp_path):
+        repository = tmp_path / "repository"
+        git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", repository]
+        subprocess.run(["git", "init", "-q", repository], check=True)
+        for i in range(20):
+            (repository / f"file{i}").write_text(str(i))
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", "first"], check=True)
+        (repository / "file3").write_text("changed")
+        assert self.compare(tmp_path, "git", "status", cwd=repository) > 200
+
+    def test_compileall(self, tmp_path):
+        for i in range(5):
+            (tmp_path / f"module{i}.py").write_text(f"x = {i}")
+        assert self.compare(tmp_path, sys.executable, "-I", "-m", "compileall", "-q", ".", cwd=tmp_path) > 500
+
+    def test_curl(self, tmp_path):
+        handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+        (tmp_path / "file").write_bytes(b"x" * 100_000)
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            url = f"http://127.0.0.1:{server.server_port}/file"
+            try:
+                assert self.compare(tmp_path, "curl", "-s", "--noproxy", "*", "-o", "out", url, cwd=tmp_path) > 200
+            finally:
+                server.shutdown()
+                thread.join()
+        assert (tmp_path / "out").read_bytes() == (tmp_path / "file").read_bytes()
+
+    def test_a_shell_with_threads_signals_and_restarts(self, tmp_path):
+        """Children that are killed, calls that signals interrupt, a thread that dies with its process."""
+        script = """
+import os, signal, subprocess, threading, time
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+time.sleep(0.1)
+child = subprocess.Popen(["sleep", "30"])
+os.kill(child.pid, signal.SIGKILL)
+child.wait()
+threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+os.chdir("/")
+for name in ("nothing", "/proc/self/cwd", ""):
+    try:
+        os.close(os.open(name, os.O_RDONLY))
+    except OSError:
+        pass
+os._exit(0)
+"""
+        assert self.compare(tmp_path, sys.executable, "-I", "-S", "-c", script, cwd=tmp_path) > 300
 
 
 class TestWalkThrough:

@@ -351,7 +351,7 @@ class EventType:
 
 TRAITS = {
     "entry":   "arguments and path are read at entry: at exit they are gone",
-    "silent":  "the call does not return: it is an event at entry",
+    "silent":  "the call does not return, or not to where it was made: it is an event at entry",
     "opens":   "the file is that of the returned descriptor",
     "exec":    "the file is the program that the process runs afterwards",
     "tcp":     "no syscall: a change of a TCP connection's state",
@@ -428,6 +428,7 @@ EVENT_ROWS = (
     ("execveat",    "dfd:dfd pathname:path argv:argv envp:address flags:int", "", "entry exec"),
     ("exit",        "status:int",                                            "exit exit_group", "silent"),
     ("exit_group",  "status:int",                                            "", "silent"),
+    ("rt_sigreturn", "",                                                     "", "silent"),  # its exit has no number
     ("fork",        "",                                                      "fork clone[0=18874385]"),  # as libc does
     ("vfork",       "",                                                      "vfork clone![0=16657]"),
     ("clone",       "flags:ulong stack:address parent_tid:address"),
