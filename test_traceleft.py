@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import collections
 import contextlib
 import ctypes
@@ -4182,6 +4183,295 @@ threading.Event().wait()
             assert {source.event.name for source in tracer.sources} == set(names)
         here = {path.name[len("sys_enter_"):] for path in Path(tracefs, "events/syscalls").glob("sys_enter_*")}
         assert here <= {traceleft.TRACEPOINT_NAMES.get(name, name) for name in traceleft.event_names()}
+
+
+def raw_record(name, args=(), texts=b"", at=0, pid=10, comm=b"sh", **places):
+    """A record of the ring buffer; `at` in ns of the kernel's clock, `args` as its slots hold them."""
+    values = {"timestamp_ns": at, "pid": pid, "tid": pid, "event": traceleft.EVENT_IDS[name], "comm": comm,
+              "version": traceleft.RECORD_VERSION, **places}
+    slots = [*args, *[0] * 8][:8]
+    packed = [slots if field == "args" else (0, 0) if field == "files" else (values.get(field, 0),)
+              for field, _ in traceleft.HEADER_FIELDS]
+    return traceleft.HEADER.pack(*itertools.chain.from_iterable(packed)) + texts
+
+
+def raw_open(path, **more):
+    data = os.fsencode(path)
+    return raw_record("open", [len(data), 577, 438], data, **more)
+
+
+class TestRecordings:
+    OFFSET = 1_700_000_000 * 10**9 + 123
+
+    def make(self, path, blocks, max_bytes=traceleft.RECORD_MAX_BYTES, unseen=()):
+        """A recording of records of opens; returns the Recorder."""
+        recorder = traceleft.Recorder(str(path), max_bytes)
+        recorder.open()
+        for block in blocks:
+            for record in block:
+                recorder.take("open", record)
+            recorder.flush(self.OFFSET)
+        recorder.close(dict(unseen))
+        return recorder
+
+    def opens(self, seconds, each=3):
+        """Some opens a second, as a block each."""
+        return [[raw_open(f"/tmp/{n}", at=second * 10**9 + n, pid=n + 1) for n in range(each)] for second in range(seconds)]
+
+    def replay(self, path, *arguments, **more):
+        return run("replay", path, *arguments, **more)
+
+    def test_what_was_recorded_is_read(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(2))
+        recording = traceleft.Recording(str(tmp_path / "rec"))
+        assert recording.events == 6 and recording.end["recorded"] == {"open": 6}
+        found = [event for _, events in recording.read() for event in events]
+        assert found[4] == an_open("/tmp/1", ret=0, pid=2, tid=2, comm="sh", timestamp_ns=10**9 + 1 + self.OFFSET, files=("", ""))
+        assert [offset for offset, _ in recording.read()] == [self.OFFSET] * 2
+        assert (tmp_path / "rec").stat().st_mode & 0o777 == 0o600
+        recording.close()
+
+    def test_a_spec_over_it(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(4, each=10))
+        spec = a_spec("filename != '/tmp/0'", "frequency=2;threshold=3")
+        done = self.replay(tmp_path / "rec", "--spec", write_spec(tmp_path / "spec", spec), "--summary", tmp_path / "sum")
+        alerts = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 0 and "FILTER" in done.stderr
+        assert [(alert["count"], alert["matched"]) for alert in alerts] == [(3, 9)] * 4
+        # of each second 6 are counted; its alert's time is its end, by the kernel's clock
+        assert alerts[0]["time"] == "2023-11-14T22:13:21.000Z" and alerts[0]["sample"]["args"]["filename"] == "/tmp/5"
+        (row,) = json.loads((tmp_path / "sum").read_text())["filters"]
+        assert (row["matched"], row["passed"], row["folded"], row["alerts"], row["lost"]) == (36, 12, 24, 4, {})
+        assert not os.path.exists("/nonexistent/log")
+
+    def test_deliver_sends_to_the_specs_channels(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(2))
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        done = self.replay(tmp_path / "rec", "--deliver", "--spec", write_spec(tmp_path / "spec", spec))
+        assert (done.returncode, done.stdout, len((tmp_path / "log").read_text().splitlines())) == (0, "", 2)
+
+    def test_without_a_spec_events_are_printed(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(2))
+        recording = traceleft.Recording(str(tmp_path / "rec"))
+        expected = [traceleft.format_event(event) for _, events in recording.read() for event in events]
+        recording.close()
+        assert self.replay(tmp_path / "rec").stdout.splitlines() == expected
+
+    def test_speed(self, tmp_path):
+        self.make(tmp_path / "rec", [[raw_open("/a", at=7 * 10**9)], [raw_open("/b", at=11 * 10**9)]])
+        begin = time.monotonic()
+        assert self.replay(tmp_path / "rec", "--speed", "8").returncode == 0
+        assert 0.5 <= time.monotonic() - begin < 3.5
+        process = subprocess.Popen([sys.executable, SCRIPT, "replay", tmp_path / "rec", "--speed", "0.001"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert '"/a"' in process.stdout.readline()
+        process.send_signal(signal.SIGINT)  # and the rest at once: it is there
+        output, _ = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, '"/b"' in output) == (0, False)
+
+    def test_bounded(self, tmp_path, capsys):
+        recorder = self.make(tmp_path / "rec", self.opens(200, each=20), max_bytes=1 << 17)
+        assert (tmp_path / "rec").stat().st_size <= 1 << 17
+        recorded = sum(recorder.recorded.values())
+        assert 0 < recorded < 4000 and recorder.causes() == {"recording_full": 4000 - recorded}
+        assert capsys.readouterr().err.count("is not recorded") == 1
+        recording = traceleft.Recording(str(tmp_path / "rec"))
+        assert recording.events == recorded and recording.end["unrecorded"] == recorder.causes()
+        recording.close()
+        done = self.replay(tmp_path / "rec", "--spec", write_spec(tmp_path / "spec", a_spec()))
+        assert f"not in the recording: {4000 - recorded} recording_full" in done.stderr
+
+    def test_what_the_ring_had_no_room_for_is_said(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(1), unseen={"open": {"ring_full": 5}})
+        done = self.replay(tmp_path / "rec", "--spec", write_spec(tmp_path / "spec", a_spec()), "--summary", tmp_path / "sum")
+        assert "not in the recording: 5 ring_full" in done.stderr
+        assert json.loads((tmp_path / "sum").read_text())["unrecorded"] == {"ring_full": 5}
+
+    def test_a_full_disk(self, tmp_path, monkeypatch, capsys):
+        recorder = traceleft.Recorder(str(tmp_path / "rec"))
+        recorder.open()
+        recorder.take("open", raw_open("/a"))
+        recorder.flush(self.OFFSET)
+        size = recorder.size
+        write = os.write
+        monkeypatch.setattr(traceleft.os, "write", lambda fd, data: write(fd, data[:len(data) // 2]))
+        recorder.take("open", raw_open("/b"))
+        recorder.flush(self.OFFSET)
+        assert os.stat(tmp_path / "rec").st_size == size  # nothing of a block that did not fit
+        monkeypatch.undo()
+        recorder.take("open", raw_open("/c"))
+        recorder.close({})
+        assert (dict(recorder.recorded), recorder.causes()) == ({"open": 1}, {"write_failed": 2})
+        assert capsys.readouterr().err.count("No space left on device") == 1
+        recording = traceleft.Recording(str(tmp_path / "rec"))
+        assert recording.events == 1
+        recording.close()
+
+    def refused(self, path, **more):
+        with pytest.raises(traceleft.UsageError) as caught:
+            traceleft.Recording(str(path), **more)
+        assert len(caught.value.errors) == 1 and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_cut_anywhere_it_is_refused_or_salvaged(self, tmp_path, capsys):
+        self.make(tmp_path / "rec", self.opens(3))
+        data = (tmp_path / "rec").read_bytes()
+        cut = tmp_path / "cut"
+        events = []
+        for length in range(len(data)):
+            cut.write_bytes(data[:length])
+            message = self.refused(cut)
+            assert ("is torn: from byte" if length >= len(traceleft.RECORDING_MAGIC) else "is no recording") in message
+            if "--salvage" in message:
+                recording = traceleft.Recording(str(cut), salvage=True)
+                events.append(sum(len(found) for _, found in recording.read()))
+                assert f"replays the {events[-1]} events" in message
+                recording.close()
+        assert sorted(events) == events and set(events) == {0, 3, 6, 9}
+
+    def test_a_flipped_bit_anywhere_is_found(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(2, each=2))
+        data = (tmp_path / "rec").read_bytes()
+        for place in range(len(data)):
+            (tmp_path / "bad").write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
+            assert re.search("is torn|is no recording", self.refused(tmp_path / "bad"))
+        (tmp_path / "bad").write_bytes(data + b"x")
+        assert "is torn" in self.refused(tmp_path / "bad")
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(st.tuples(st.integers(0, 6), st.one_of(
+        st.binary(max_size=400), st.builds(lambda fields, event, text, rest: struct.pack("<qI", 5, traceleft.HEADER.size + len(text)) + raw_record(
+            event, fields[:8], text, fields[8], **dict(zip(("path", "exe", "flags"), fields[9:]))) + rest,
+            st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1)), min_size=10, max_size=11).map(
+                lambda found: [*found, found[0] & 0xFFFF]), st.sampled_from(["open", "connect_v4"]), st.binary(max_size=30),
+            st.binary(max_size=3)),
+        st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda v: st.dictionaries(
+            st.sampled_from(["version", "record_version", "id", "name", "arguments", "unrecorded"]), v)).map(
+                lambda value: json.dumps(value).encode()))), max_size=4))
+    def test_blocks_that_somebody_made_up(self, tmp_path, blocks):
+        """With right checksums: each is refused in one line, or read."""
+        head = [(1, {"version": 1, "record_version": traceleft.RECORD_VERSION}),
+                *((2, {"id": traceleft.EVENT_IDS[name], "name": name, "arguments": traceleft.row_of(EVENT_TYPES[name])})
+                  for name in ("open", "connect_v4"))]
+        blocks = [(kind, json.dumps(value).encode()) for kind, value in head] + blocks + [(4, b'{"unrecorded": {}}')]
+        (tmp_path / "rec").write_bytes(traceleft.RECORDING_MAGIC + b"".join(
+            traceleft.BLOCK.pack(kind, len(data), binascii.crc32(data)) + data for kind, data in blocks))
+        with contextlib.suppress(traceleft.UsageError), contextlib.closing(
+                traceleft.Recording(str(tmp_path / "rec"), salvage=True)) as recording:
+            for _, events in recording.read():
+                for event in events:
+                    assert traceleft.format_event(event) and traceleft.sample_json(event)
+
+    def test_other_versions_and_other_arguments(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(traceleft, "RECORDING_VERSION", 9)
+        self.make(tmp_path / "rec", self.opens(1))
+        monkeypatch.undo()
+        assert self.refused(tmp_path / "rec").endswith("whose recordings have version 9: this one reads 1")
+        monkeypatch.setattr(traceleft, "row_of", lambda found: "filename:path")
+        self.make(tmp_path / "rec", self.opens(1))
+        monkeypatch.undo()
+        assert "event 'open' has the arguments filename:path, and not filename:path flags:int mode:mode" in self.refused(tmp_path / "rec")
+
+    def test_files_that_are_no_recordings(self, tmp_path):
+        os.mkfifo(tmp_path / "fifo")
+        for path, message in (("missing", "No such file"), (".", "Is a directory"), ("fifo", "not a regular file"),
+                              (SCRIPT, "is no recording: 'traceleft.py trace --record FILE' makes one"),
+                              ("/dev/zero", "not a regular file"), ("a\0b", "null")):
+            assert message in self.refused(tmp_path / path)
+        (tmp_path / "bad\n").write_text("")
+        done = self.replay(tmp_path / "bad\n")
+        assert_one_line(done, 2, "bad\\n is no recording")
+
+    def test_only_recordings_are_overwritten(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(2))
+        self.make(tmp_path / "rec", self.opens(1))
+        (tmp_path / "link").symlink_to(tmp_path / "rec")
+        (tmp_path / "notes").write_text("mine")
+        os.mkfifo(tmp_path / "fifo")
+        for name, message in (("link", "Too many levels"), ("notes", "a file that is no recording"), ("fifo", "not a regular file"),
+                              (".", "directory"), ("no/rec", "No such file")):
+            with pytest.raises(traceleft.TraceleftError, match=message):
+                traceleft.Recorder(str(tmp_path / name)).open()
+        assert (tmp_path / "notes").read_text() == "mine"
+
+    @pytest.mark.parametrize("text, value", [("64k", 65536), ("1M", 1 << 20), ("2G", 2 << 30), ("65536", 65536), ("1T", 1 << 40),
+                                             ("1", None), ("63k", None), ("1m", None), ("", None), ("-1G", None)])
+    def test_sizes(self, text, value):
+        if value is None:
+            with pytest.raises(ValueError):
+                traceleft.parse_size(text)
+        else:
+            assert traceleft.parse_size(text) == value
+
+
+@pytest.mark.usefixtures("programs")
+class TestRecordingLive:
+    pytestmark = live
+
+    def test_the_same_counts_as_live(self, programs, tmp_path):
+        """Filters that the kernel counts and filters that Python does; the replay runs without any privilege."""
+        path = tmp_path / "file"
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        first = spec["events"][0]
+        rules = [("open", f"filename == '{path}'", "frequency=7;threshold=100"), ("open", f"regex(filename, '^{tmp_path}/')", "frequency=3;by=comm"),
+                 ("open", "", "frequency=10;by=pid"), ("close", f"path != '{path}'", "frequency=2"), ("getppid", "", "frequency=1;threshold=2"),
+                 ("open", f"endswith(path, '/{path.name}') and flags & O_CREAT", "threshold=50;by=comm,uid")]
+        spec["events"] = [{**first, "id": f"{name}-{i}", "name": name, "rule": rule, "function": {"id": "sigma", "parameters": parameters}}
+                          for i, (name, rule, parameters) in enumerate(rules)]
+        recording = tmp_path / "rec"
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--record", recording, "--summary", "-") as agent:
+            for count in (3000, 500):
+                subprocess.run([programs["opens"], path, str(count)], check=True)
+                os.getppid()
+            subprocess.run([sys.executable, "-c", "import os\nfor i in range(500): os.getppid()"], check=True)
+            code, output = agent.stop()
+        assert code == 0
+        summary = json.loads(output)
+        assert summary["recording"]["unrecorded"] == {} and summary["recording"]["bytes"] == recording.stat().st_size
+        for place in (tmp_path, *tmp_path.parents):
+            if place != place.parent and place != Path("/tmp"):
+                place.chmod(place.stat().st_mode | 0o055)
+        recording.chmod(0o644)
+        done = run("replay", recording, "--spec", tmp_path / "spec", "--summary", "-", prefix=(
+            "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"),
+            python="/usr/bin/python3", script=self.copy(tmp_path))
+        assert done.returncode == 0, done.stderr
+        replayed = json.loads(done.stdout.splitlines()[-1])
+        names = ("id", "matched", "passed", "folded")
+        assert [[row[name] for name in names] for row in replayed["filters"]] == [
+            [row[name] for name in names] for row in summary["filters"]]
+        assert [row["matched"] for row in replayed["filters"]][:2] == [3500, 3500] and all(row["passed"] for row in replayed["filters"])
+
+    def copy(self, folder):
+        """The script where nobody can read it."""
+        (folder / "traceleft.py").write_bytes(SCRIPT.read_bytes())
+        (folder / "traceleft.py").chmod(0o644)
+        return folder / "traceleft.py"
+
+    def test_recording_alone_ends_when_it_is_full(self, programs, tmp_path):
+        with Agent("trace", "--record", tmp_path / "rec", "--record-max-bytes", "1M", "--summary", "-", "open") as agent:
+            subprocess.run([programs["opens"], tmp_path / "file", "20000"], check=True)
+            code, output = agent.finish()
+        assert code == 0 and (tmp_path / "rec").stat().st_size <= 1 << 20
+        summary = json.loads(output)
+        (row,) = summary["filters"]
+        assert row["passed"] == summary["recording"]["events"] + row["lost"]["recording_full"] and summary["balanced"]
+        done = run("replay", tmp_path / "rec", "--summary", tmp_path / "sum")
+        assert done.stdout.count(f'"{tmp_path}/file"') > 1000
+        assert json.loads((tmp_path / "sum").read_text())["filters"][0]["passed"] == summary["recording"]["events"]
+
+    def test_a_kill_leaves_what_can_be_salvaged(self, programs, tmp_path):
+        with Agent("trace", "--record", tmp_path / "rec", f"{os.getpid()}:mkdir") as agent:
+            os.mkdir(tmp_path / "made")
+            wait_until(lambda: b"/made" in (tmp_path / "rec").read_bytes(), "the event is recorded")
+            agent.process.kill()
+        done = run("replay", tmp_path / "rec")
+        assert_one_line(done, 2, "is torn")
+        assert f'Pathname "{tmp_path}/made"' in run("replay", tmp_path / "rec", "--salvage").stdout
+
+    def test_where_it_cannot_be_written(self, tmp_path):
+        assert_one_line(run("trace", "--record", tmp_path / "no/rec", "mkdir"), 1, "cannot record to")
+        assert_one_line(run("trace", "--record", tmp_path / "rec", "--record-max-bytes", "1", "mkdir"), 2, "size of at least 64k")
 
 
 class TestAgainstStrace:

@@ -29,6 +29,7 @@ if __name__ == "__main__":  # the imports below take a tenth of a second: a sign
 
 import argparse
 import ast
+import binascii
 import collections
 import contextlib
 import ctypes
@@ -113,6 +114,10 @@ class HostError(TraceleftError):
     """The host lacks a privilege, a library, a kernel feature or an optional package."""
 
     exit_code = 3
+
+
+class RecordError(TraceleftError):
+    """A record of the ring buffer is of another version than this script."""
 
 
 class BalanceError(TraceleftError):
@@ -840,17 +845,18 @@ def decode_argument(record: bytes, slots: Sequence[int], argument: Argument) -> 
     return raw - (1 << 64) if raw >> 63 and argument.is_signed else raw
 
 
-def decode_record(record: bytes, clock_offset_ns: int = 0) -> Event:
+def decode_record(record: bytes, clock_offset_ns: int = 0, name: str = "") -> Event:
     """An Event from one record of the ring buffer; `clock_offset_ns` is what turns CLOCK_BOOTTIME into Unix time.
 
-    Raises TraceleftError when the record is of another version than this script.
+    `name` is that of its event type, where the record's number is that of another run.
+    Raises RecordError when the record is of another version than this script.
     """
     (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, a6, a7, path, exe, cgroup, file, file_1,
      pid, tid, ppid, uid, gid, euid, mntns, netns, pidns, event_id, flags, _reserved, version, _filter, _tick,
      comm) = HEADER.unpack_from(record)
     if version != RECORD_VERSION:
-        raise TraceleftError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
-    name = EVENT_NAMES[event_id]
+        raise RecordError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
+    name = name or EVENT_NAMES[event_id]
     slots = (a0, a1, a2, a3, a4, a5, a6, a7)
     return Event(name, tuple([decode_argument(record, slots, argument) for argument in EVENT_TYPES[name].arguments]),
                  ret, timestamp_ns + clock_offset_ns, pid, tid, ppid, uid, gid,
@@ -1729,6 +1735,7 @@ RULE_FUNCTIONS = tuple(TEXT_TESTS)
 MAX_GROUPS = 16384       # distinct `by` values of one filter; what comes later is counted together, as `other`
 MAX_ALL_GROUPS = 262144  # of all filters
 MAX_COUNT = (1 << 63) - 1
+NSEC_PER_SEC = 1_000_000_000
 
 
 class Parameter(NamedTuple):
@@ -1779,9 +1786,13 @@ class Sigma:
 
     def __init__(self, frequency: int = 1, threshold: int = 0, by: Tuple[Field, ...] = (),
                  max_groups: int = MAX_GROUPS, event_time: bool = False) -> None:
-        """With `event_time` an event's second is that of its timestamp, else it is the one between two ticks."""
+        """With `event_time` an event's second is that of its timestamp, else it is the one between two ticks.
+
+        The seconds of timestamps are those of the kernel's clock, which `clock_offset_ns` is behind Unix time.
+        """
         self.frequency, self.threshold, self.max_groups = max(frequency, 1), threshold, max_groups
         self.event_time = event_time
+        self.clock_offset_ns = 0
         self.getters = [member.getter() for member in by]
         self.groups: Dict[Tuple[Value, ...], Group] = {}
         self.other: Optional[Group] = None  # all groups beyond max_groups
@@ -1800,7 +1811,7 @@ class Sigma:
     def passes(self, event: Event) -> bool:
         """Counts a matched event and says whether it passes."""
         group = self.group(event)
-        second = event.timestamp_ns // 1_000_000_000 if self.event_time else self.second
+        second = (event.timestamp_ns - self.clock_offset_ns) // NSEC_PER_SEC if self.event_time else self.second
         if second > group.second or second < group.second - 1:  # a CPU that is late counts in the second that has begun
             group.second, group.received = second, 0
         group.received += 1
@@ -2615,7 +2626,10 @@ class Tables:
     """The contents of the kernel's maps for a set of filters, or for event types that are streamed whole."""
 
     def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = (), shown: int = ALL_FIELDS) -> None:
-        """`shown`: the fields that records carry, a bit of each enum field."""
+        """`streamed`: events that are streamed whole, beside what the filters count of them.
+
+        `shown`: the fields that records carry, a bit of each enum field.
+        """
         self.shown = shown
         self.seeds = struct.unpack("=QQ", os.urandom(16))
         self.filters: List[KernelFilter] = []
@@ -2632,18 +2646,19 @@ class Tables:
         by_event: Dict[str, List[Filter]] = {name: [] for name in streamed}
         for member in filters:
             by_event.setdefault(member.event, []).append(member)
+        whole = set(streamed)
         for event, members in by_event.items():
-            self.add_event(event, members)
+            self.add_event(event, members, event in whole)
 
     @property
     def python_ids(self) -> FrozenSet[str]:
         """Ids of the filters that Python evaluates."""
         return frozenset(placement.spec.id for placement in self.placements if placement.reasons)
 
-    def add_event(self, event: str, members: Sequence[Filter]) -> None:
-        """One event type: its filters' rows, those of the filters that need Python as one stream."""
+    def add_event(self, event: str, members: Sequence[Filter], whole: bool) -> None:
+        """One event type: its filters' rows, those of the filters that need Python as one stream, or all of it."""
         rows: List[Row] = []
-        streamed: List[Row] = [] if members else EVERYTHING
+        streamed: List[Row] = EVERYTHING if whole else []
         dimensions: Set[Dimension] = set()
         first_row, fields = len(self.rows), 0
         for member in members:
@@ -4529,6 +4544,11 @@ class Aggregator:
             opened.append(channel)
         return channels
 
+    def set_clock(self, offset_ns: int) -> None:
+        """Says how far the clock whose seconds count with `event_time` is behind Unix time."""
+        for state in self.states.values():
+            state.processing.clock_offset_ns = offset_ns
+
     def add(self, event: Event) -> None:
         """One event, for every filter of its type that is not counted elsewhere."""
         for state in self.by_event.get(event.name, ()):
@@ -5685,6 +5705,310 @@ def load_hint(error: OSError) -> str:
 
 
 # ======================================================================================================================
+# Recordings: raw events in a file, which a spec can be run over later, on another host and without root
+# ======================================================================================================================
+
+# A recording is RECORDING_MAGIC, then blocks to the end of the file: BLOCK (kind, bytes that follow, their CRC-32) and
+# these bytes. The first block is the head, the last one the end; an event's type comes before its first event. Integers
+# are little-endian. Head, type and end are JSON; events are the offset from CLOCK_BOOTTIME to Unix time in ns (i64),
+# then records of the ring buffer (struct event_header of version RECORD_VERSION), a u32 with its length before each.
+RECORDING_MAGIC = b"traceleft recording\n"
+RECORDING_VERSION = 1
+BLOCK = struct.Struct("<III")
+BLOCK_HEAD, BLOCK_TYPE, BLOCK_EVENTS, BLOCK_END = 1, 2, 3, 4
+CLOCK_OFFSET = struct.Struct("<q")
+RECORD_LENGTH = struct.Struct("<I")
+EVENT_ID = struct.Struct("=H")
+EVENT_ID_OFFSET = struct.calcsize("=" + "".join(code for _, code in itertools.takewhile(
+    lambda member: member[0] != "event", HEADER_FIELDS)))
+MAX_BLOCK_BYTES = 1 << 20       # of events: what a reader has to hold
+MAX_RECORD_BYTES = 1 << 17      # texts of six arguments, of paths, exe and cgroup
+END_RESERVE = 16 << 10          # kept free for types and the end
+RECORD_MAX_BYTES = 1 << 30
+
+
+def row_of(found: EventType) -> str:
+    """The arguments of an event type as EVENT_ROWS writes them."""
+    return " ".join(f"{argument.name}:{argument.type_name}" for argument in found.arguments)
+
+
+def is_shown(event: Event) -> bool:
+    """Whether the event's addresses are some: what comes from a file may be anything."""
+    return all(not argument.type.address_bits or int(value) >> argument.type.address_bits == 0
+               for argument, value in zip(event.type.arguments, event.args))
+
+
+class Recorder:
+    """Writes a recording, at most `max_bytes` of it; what is not recorded is counted by cause."""
+
+    def __init__(self, path: str, max_bytes: int = RECORD_MAX_BYTES) -> None:
+        self.path, self.max_bytes = path, max_bytes
+        self.fd = -1
+        self.size = 0                         # of what is written
+        self.pending = bytearray()            # records of the block that is being filled
+        self.waiting: List[str] = []          # their events
+        self.types: Set[str] = set()
+        self.recorded: Dict[str, int] = collections.Counter()               # event -> records written
+        self.unrecorded: Dict[Tuple[str, str], int] = collections.Counter()  # (event, cause) -> not written
+        self.stopped = ""                     # the cause for which nothing more is written
+        self.begin = time.monotonic()
+
+    def open(self) -> None:
+        """Raises TraceleftError when it cannot be written there; of what exists only a recording is overwritten."""
+        try:  # O_NONBLOCK: a FIFO that nobody reads is an error
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                              | os.O_NONBLOCK, 0o600)
+            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            if os.pread(self.fd, len(RECORDING_MAGIC), 0) not in (b"", RECORDING_MAGIC):
+                raise OSError(errno.EEXIST, "there is a file that is no recording")
+            os.ftruncate(self.fd, 0)
+        except OSError as error:
+            if self.fd >= 0:
+                os.close(self.fd)
+                self.fd = -1
+            raise TraceleftError(f"cannot record to {escape(self.path)}: {error.strerror}") from None
+        self.write(RECORDING_MAGIC)
+        self.write_json(BLOCK_HEAD, {
+            "version": RECORDING_VERSION, "record_version": RECORD_VERSION, "program": VERSION, "host": HOSTNAME,
+            "kernel": platform.release(), "machine": platform.machine(), "time": time.time()})
+
+    def add(self, records: Iterable[bytes], tracer: Tracer) -> None:
+        """Records that the tracer has just read."""
+        for record in records:
+            index, _ = RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)
+            self.take(tracer.tables.filters[index].event, record)
+        self.flush(tracer.clock_offset_ns)
+
+    def take(self, event: str, record: bytes) -> None:
+        """One record of the ring buffer; flush() writes it."""
+        size = RECORD_LENGTH.size + len(record)
+        if not self.stopped and self.size + len(self.pending) + size > self.max_bytes - END_RESERVE:
+            self.stop("recording_full", f"{escape(self.path)} has {self.max_bytes} bytes (--record-max-bytes)")
+        if self.stopped:
+            self.unrecorded[event, self.stopped] += 1
+            return
+        if event not in self.types:
+            self.types.add(event)
+            found = EVENT_TYPES[event]
+            self.write_json(BLOCK_TYPE, {"id": EVENT_IDS[event], "name": event, "arguments": row_of(found)})
+        self.pending += RECORD_LENGTH.pack(len(record)) + record
+        self.waiting.append(event)
+
+    def flush(self, clock_offset_ns: int) -> None:
+        """Writes the records taken so far, whose time is `clock_offset_ns` before Unix time."""
+        if not self.waiting:
+            return
+        waiting, data = self.waiting, bytes(self.pending)
+        self.waiting, self.pending = [], bytearray()
+        begin = 0
+        counts = collections.Counter(waiting)
+        while begin < len(data) and not self.stopped:
+            end = begin
+            while end < len(data) and end - begin < MAX_BLOCK_BYTES:
+                end += RECORD_LENGTH.size + RECORD_LENGTH.unpack_from(data, end)[0]
+            self.write_block(BLOCK_EVENTS, CLOCK_OFFSET.pack(clock_offset_ns) + data[begin:end])
+            begin = end
+        for event, count in counts.items():
+            if self.stopped:
+                self.unrecorded[event, self.stopped] += count
+            else:
+                self.recorded[event] += count
+
+    def write_json(self, kind: int, value: Dict[str, Any]) -> None:
+        self.write_block(kind, json.dumps(value).encode())
+
+    def write_block(self, kind: int, data: bytes) -> None:
+        self.write(BLOCK.pack(kind, len(data), binascii.crc32(data)) + data)
+
+    def write(self, data: bytes) -> None:
+        """All of `data`, or nothing and the end of the recording."""
+        try:
+            written = os.write(self.fd, data)
+            if written < len(data):
+                os.ftruncate(self.fd, self.size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.size += written
+        except OSError as error:
+            self.stop("write_failed", f"cannot write to {escape(self.path)}: {error.strerror}")
+
+    def stop(self, cause: str, why: str) -> None:
+        if not self.stopped:
+            say(f"{why}: what comes now is not recorded, and counted")
+        self.stopped = cause
+
+    def close(self, unseen: Mapping[str, Mapping[str, int]]) -> None:
+        """Ends the recording; `unseen` are events that did not even get here, by event type and cause."""
+        for event, causes in unseen.items():
+            for cause, count in causes.items():
+                self.unrecorded[event, cause] += count
+        if self.fd >= 0:
+            self.write_json(BLOCK_END, {"recorded": dict(self.recorded), "unrecorded": self.causes(),
+                                        "seconds": round(time.monotonic() - self.begin, 3)})
+            os.close(self.fd)
+            self.fd = -1
+
+    def settle(self, accounts: Mapping[str, Account]) -> None:
+        """Brings what was recorded of each event type, and what not, to its account."""
+        for name, account in accounts.items():
+            account.lost = {cause: count for (event, cause), count in self.unrecorded.items() if event == name}
+            account.delivered = self.recorded.get(name, 0)
+            account.matched = account.passed = account.delivered + sum(account.lost.values())
+
+    def causes(self) -> Dict[str, int]:
+        """Events that were not recorded, by cause."""
+        found: Dict[str, int] = collections.Counter()
+        for (_, cause), count in self.unrecorded.items():
+            found[cause] += count
+        return dict(sorted(found.items()))
+
+    def summary(self) -> Dict[str, Any]:
+        return {"path": self.path, "bytes": self.size, "events": sum(self.recorded.values()),
+                "unrecorded": self.causes()}
+
+
+class Block(NamedTuple):
+    """One block of a recording."""
+
+    kind: int
+    data: bytes
+
+
+class Recording:
+    """A recording to read. The constructor reads all of it once, so that a bad one is refused before it is used.
+
+    Raises UsageError for what is no recording, is torn, or was made by a version that this one cannot read. With
+    `salvage` what is whole of a torn one can be read.
+    """
+
+    def __init__(self, path: str, salvage: bool = False) -> None:
+        self.path = path
+        self.names: Dict[int, str] = {}  # event id of the recording -> name
+        self.end: Dict[str, Any] = {}
+        self.events = 0
+        try:
+            # O_NONBLOCK: a FIFO that nobody writes to is an error
+            self.file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+            if not stat.S_ISREG(os.fstat(self.file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UsageError(f"cannot read {escape(path)}: {reason}") from None
+        self.limit = os.fstat(self.file.fileno()).st_size
+        if self.file.read(len(RECORDING_MAGIC)) != RECORDING_MAGIC:
+            raise UsageError(f"{escape(path)} is no recording: 'traceleft.py trace --record FILE' makes one")
+        whole = self.scan()
+        if not self.end:
+            if not salvage or not self.names:
+                rest = f"; --salvage replays the {self.events} events before that" if self.names else ""
+                raise UsageError(f"{escape(path)} is torn: from byte {whole} on it is cut off or damaged{rest}")
+            say(f"warning: {escape(path)} is torn: from byte {whole} on it is cut off or damaged")
+            self.limit = whole
+
+    def scan(self) -> int:
+        """Reads all blocks once; returns the offset up to which the recording is whole."""
+        whole, expected = len(RECORDING_MAGIC), {BLOCK_HEAD}
+        for block in self.blocks():
+            if block.kind not in expected:
+                break
+            try:
+                self.take[block.kind](self, block)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, struct.error,
+                    RecordError):
+                break
+            whole = self.file.tell()
+            expected = set() if block.kind == BLOCK_END else {BLOCK_TYPE, BLOCK_EVENTS, BLOCK_END}
+        else:
+            if whole == self.limit:
+                return whole
+        self.end = {}
+        return whole
+
+    def take_head(self, block: Block) -> None:
+        head = self.json(block)
+        for key, mine in (("version", RECORDING_VERSION), ("record_version", RECORD_VERSION)):
+            if head[key] != mine:
+                raise UsageError(f"{escape(self.path)} was made by traceleft.py {escape(str(head.get('program')))}, "
+                                 f"whose recordings have {key} {escape(str(head[key]))}: this one reads {mine}")
+
+    def take_type(self, block: Block) -> None:
+        """A type of the recording's events: one of the table, or else one that its host's tracefs described."""
+        row = self.json(block)
+        name, arguments = row["name"], row["arguments"]
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise ValueError(name)
+        if name not in EVENT_TYPES:
+            found = parse_event_row(name, arguments)
+            if len(found.arguments) > MAX_ARGS:
+                raise ValueError(arguments)
+            learn_event(found)
+        if row_of(EVENT_TYPES[name]) != arguments:
+            raise UsageError(f"{escape(self.path)} was made where event '{name}' has the arguments "
+                             f"{escape(arguments)}, and not {row_of(EVENT_TYPES[name])}: "
+                             "replay it with the traceleft.py of that host")
+        self.names[row["id"]] = name
+
+    def take_events(self, block: Block) -> None:
+        self.events += len(self.decode(block))
+
+    def take_end(self, block: Block) -> None:
+        self.end = self.json(block)
+        if not all(isinstance(count, int) for count in self.end["unrecorded"].values()):
+            raise ValueError
+
+    take: ClassVar[Dict[int, Callable[[Recording, Block], None]]] = {
+        BLOCK_HEAD: take_head, BLOCK_TYPE: take_type, BLOCK_EVENTS: take_events, BLOCK_END: take_end}
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks up to the end, or to the first that is not whole."""
+        self.file.seek(len(RECORDING_MAGIC))
+        while self.file.tell() < self.limit:
+            head = self.file.read(BLOCK.size)
+            if len(head) < BLOCK.size:
+                return
+            kind, length, crc = BLOCK.unpack(head)
+            if length > MAX_BLOCK_BYTES + MAX_RECORD_BYTES:
+                return
+            data = self.file.read(length)
+            if len(data) < length or binascii.crc32(data) != crc:
+                return
+            yield Block(kind, data)
+
+    @staticmethod
+    def json(block: Block) -> Dict[str, Any]:
+        value = json.loads(block.data)
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+
+    def decode(self, block: Block) -> List[Event]:
+        """The events of a block. Raises struct.error, ValueError, KeyError or RecordError for what are none."""
+        (offset,) = CLOCK_OFFSET.unpack_from(block.data)
+        events, at = [], CLOCK_OFFSET.size
+        while at < len(block.data):
+            (length,) = RECORD_LENGTH.unpack_from(block.data, at)
+            at += RECORD_LENGTH.size
+            record = block.data[at:at + length]
+            if not HEADER.size <= len(record) == length:
+                raise ValueError
+            event = decode_record(record, offset, self.names[EVENT_ID.unpack_from(record, EVENT_ID_OFFSET)[0]])
+            if not 0 <= event.timestamp_ns < 1 << 63 or event.type.is_tcp and not is_shown(event):
+                raise ValueError
+            events.append(event)
+            at += length
+        return events
+
+    def read(self) -> Iterator[Tuple[int, List[Event]]]:
+        """Clock offset in ns and events, block by block."""
+        for block in self.blocks():
+            if block.kind == BLOCK_EVENTS:
+                yield CLOCK_OFFSET.unpack_from(block.data)[0], self.decode(block)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+# ======================================================================================================================
 # Main loop: the ring buffer, signals and the one-second tick in one select loop
 # ======================================================================================================================
 
@@ -5868,11 +6192,13 @@ class Printer:
         for begin in range(0, len(records), self.BATCH):
             batch = records[begin:begin + self.BATCH]
             text = "\n".join(map(format_record, batch)) + "\n"
-            self.settle(batch, self.write(text.encode("utf-8", "backslashreplace")))
+            events = collections.Counter(map(record_event, batch))
+            self.settle({EVENT_NAMES[number]: count for number, count in events.items()},
+                        self.write(text.encode("utf-8", "backslashreplace")))
 
-    def settle(self, records: List[bytes], written: bool) -> None:
-        for event_id, count in collections.Counter(map(record_event, records)).items():
-            account = self.accounts[EVENT_NAMES[event_id]]
+    def settle(self, counts: Mapping[str, int], written: bool) -> None:
+        for name, count in counts.items():
+            account = self.accounts[name]
             account.matched += count
             account.passed += count
             account.alerts += count
@@ -7016,15 +7342,20 @@ def command_trace(options: argparse.Namespace) -> int:
     with StopSignals() as stop:
         if options.user is not None:
             become_user(options.user)
-        tables = Tables(spec.filters) if spec else Tables((), plan, PRINTED_FIELDS)
+        recorder = Recorder(options.record, options.record_max_bytes) if options.record is not None else None
+        tables = Tables(spec.filters if spec else (), plan if recorder or not spec else (),
+                        ALL_FIELDS if recorder or spec else PRINTED_FIELDS)
         tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
         watchers = None
         try:
             check_summary(options.summary)
             watchers = Watchers(options.metrics)
             tracer.load()
-            return trace_spec(tracer, spec, stop, options, watchers) if spec else \
-                trace_print(tracer, stop, options, watchers)
+            if spec is not None:
+                return trace_spec(tracer, spec, stop, options, watchers, recorder)
+            if recorder is not None:
+                return trace_record(tracer, recorder, stop, options, watchers)
+            return trace_print(tracer, stop, options, watchers)
         finally:
             tracer.close()
             if watchers is not None:
@@ -7061,9 +7392,11 @@ def say_ready(tracer: Tracer, what: str) -> None:
 
 
 def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
-               watchers: Watchers) -> int:
+               watchers: Watchers, recorder: Optional[Recorder]) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
     check_channels(spec, options.collector_insecure)
+    if recorder is not None:
+        recorder.open()
     tracer.attach()
     # before the channels start threads, which would keep what they had
     report_privileges(drop_privileges(True, reopened_paths(spec, tracer, options)), options)
@@ -7074,7 +7407,10 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     status = StatusLine(lambda: sum_accounts(accounts))
 
     def handle(records: List[bytes]) -> None:
-        tracer.held.extend(records)
+        if recorder is not None:
+            recorder.add(records, tracer)
+        if tracer.tables.python_ids:  # else what is streamed is for the recording only
+            tracer.held.extend(records)
         deadline = time.monotonic() + MAX_HOLD
         while tracer.held and time.monotonic() < deadline:
             aggregator.add(tracer.decode(tracer.held.popleft()))
@@ -7083,6 +7419,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
         if stop.reopen:
             stop.reopen = False
             aggregator.reopen()
+        aggregator.set_clock(tracer.clock_offset_ns)
         counts.tick(handle)
         aggregator.flush(time.time())
         stop.stopped = stop.stopped or aggregator.ended
@@ -7090,6 +7427,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
         status.tick()
 
     try:
+        aggregator.set_clock(tracer.clock_offset_ns)
         if watchers.server is not None:
             watchers.server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
         watchers.status = lambda: format_totals(sum_accounts(accounts))
@@ -7100,7 +7438,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     finally:
         aggregator.close()
         status.clear()
-    return report(tracer, accounts, options.summary)
+    return report(tracer, accounts, options.summary, recorder)
 
 
 def check_channels(spec: Spec, insecure: bool) -> None:
@@ -7154,6 +7492,38 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
+def trace_record(tracer: Tracer, recorder: Recorder, stop: StopSignals, options: argparse.Namespace,
+                 watchers: Watchers) -> int:
+    """Records every event until stopped, or until the recording is full."""
+    accounts = {name: Account(name, name) for name in tracer.plan}
+    status, uring = StatusLine(lambda: {"events": sum(recorder.recorded.values()), "bytes": recorder.size}), \
+        UringWatch(tracer)
+
+    def handle(records: List[bytes]) -> None:
+        recorder.add(records, tracer)
+        stop.stopped = stop.stopped or bool(recorder.stopped)
+
+    def tick() -> None:
+        recorder.settle(accounts)
+        uring.tick()
+        status.tick()
+
+    recorder.open()
+    tracer.attach()
+    report_privileges(drop_privileges(False, summary_path(options)), options)
+    if watchers.server is not None:
+        watchers.server.figures = lambda: run_figures(tracer, accounts.values())
+    watchers.status = lambda: format_totals(sum_accounts(accounts.values()))
+    say_ready(tracer, f"recording to {escape(recorder.path)}")
+    watchers.ready()
+    try:
+        run_loop(tracer, handle, tick, stop, options.duration, watchers)
+    finally:
+        status.clear()
+    recorder.settle(accounts)
+    return report(tracer, list(accounts.values()), options.summary, recorder)
+
+
 MISSED = {
     "recursion_misses": "times the kernel skipped a program, for events of whatever type: no filter has seen them",
     "missed_calls": f"calls were not seen: more than {MAX_PENDING} were between their entry and their exit",
@@ -7162,7 +7532,7 @@ MISSED = {
 }
 
 
-def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> int:
+def report(tracer: Tracer, accounts: List[Account], summary: Optional[str], recorder: Optional[Recorder] = None) -> int:
     """Prints the accounting; returns the exit code. Raises BalanceError when it does not add up."""
     for name, causes in tracer.unseen().items():
         for account in accounts:
@@ -7170,6 +7540,8 @@ def report(tracer: Tracer, accounts: List[Account], summary: Optional[str]) -> i
                 for cause, count in causes.items():
                     account.lose(cause, count)
     result = summarize(accounts)
+    if recorder is not None:
+        result["recording"] = end_recording(tracer, recorder)
     lost_samples, missed = tracer.lost_samples(), tracer.missed()
     if lost_samples:
         result["samples_lost"] = lost_samples
@@ -7207,6 +7579,140 @@ def collector_credentials(options: argparse.Namespace) -> Tuple[Optional[Collect
                             Path(options.client_ca).read_bytes() if options.client_ca else None), token
     except OSError as error:
         raise UsageError(f"--cert, --key, --client-ca or --token-file: {error.strerror}") from None
+
+
+def end_recording(tracer: Tracer, recorder: Recorder) -> Dict[str, Any]:
+    """Ends the recording and says what is in it; returns the same for --summary."""
+    recorder.close(tracer.unseen())
+    done = recorder.summary()
+    say(f"recorded {done['events']} events, {done['bytes']} bytes, to {escape(recorder.path)}")
+    if done["unrecorded"]:
+        say("not recorded: " + ", ".join(f"{count} {cause}" for cause, count in done["unrecorded"].items()))
+    return done
+
+
+class Replay:
+    """Runs the events of a recording by their own time."""
+
+    def __init__(self, recording: Recording, stop: StopSignals, speed: float) -> None:
+        self.recording, self.stop, self.speed = recording, stop, speed
+        self.begin: Optional[Tuple[float, int]] = None  # monotonic seconds, and the kernel's ns then
+
+    def run(self, handle: Callable[[int, Event], None], tick: Callable[[float], None]) -> None:
+        """Hands over clock offset and event; `tick` gets the Unix time of each second's end in which something was."""
+        second = -1
+        offset = 0
+        for offset, events in self.recording.read():
+            for event in events:
+                at = event.timestamp_ns - offset
+                if at // NSEC_PER_SEC > second:
+                    if second >= 0:
+                        self.wait((second + 1) * NSEC_PER_SEC)
+                        tick(second + 1 + offset / NSEC_PER_SEC)
+                    second = at // NSEC_PER_SEC
+                self.wait(at)
+                if self.stop.stopped:
+                    break
+                handle(offset, event)
+            if self.stop.stopped:
+                break
+        if second >= 0:
+            tick(second + 1 + offset / NSEC_PER_SEC)
+
+    def wait(self, at: int) -> None:
+        """Waits until the event of the kernel's time `at` is due."""
+        if not self.speed or self.stop.stopped:
+            return
+        if self.begin is None:
+            self.begin = time.monotonic(), at
+        due = self.begin[0] + (at - self.begin[1]) / NSEC_PER_SEC / self.speed
+        while due > time.monotonic() and not self.stop.stopped:
+            select.select([self.stop], [], [], due - time.monotonic())
+
+
+class ReplayChannel(Channel):
+    """Alerts on stdout, as fast as it takes them: in the filter's format, or as JSON where that is no file's."""
+
+    def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], stop: StopSignals) -> None:
+        super().__init__(spec, accounts)
+        self.printer = Printer((), stop)
+
+    def send(self, alert: Alert) -> None:
+        text = FILE_FORMATS.get(alert.filter.format, format_json)(alert)
+        if self.printer.write(text.encode("utf-8", "backslashreplace")):
+            self.accounts[alert.filter.id].deliver(alert.count)
+        else:
+            self.accounts[alert.filter.id].lose_alert("not_written", alert.count, alert.lost)
+
+
+def command_replay(options: argparse.Namespace) -> int:
+    recording = Recording(options.recording, options.salvage)
+    spec = load_spec(options.spec) if options.spec is not None else None
+    check_summary(options.summary)
+    with StopSignals() as stop, contextlib.closing(recording):
+        replay = Replay(recording, stop, options.speed)
+        return replay_spec(replay, spec, options) if spec is not None else replay_print(replay, options)
+
+
+def replay_spec(replay: Replay, spec: Spec, options: argparse.Namespace) -> int:
+    for warning in spec.warnings:
+        say(f"warning: {warning}")
+    for name in sorted({member.event for member in spec.filters} - set(replay.recording.names.values())):
+        say(f"warning: there is no '{name}' in the recording: its filters see nothing")
+    # first without channels: those for stdout need its accounts
+    aggregator = Aggregator(spec, None if options.deliver else {}, insecure=options.collector_insecure, event_time=True)
+    if not options.deliver:
+        aggregator.channels = {channel.id: ReplayChannel(channel, aggregator.accounts, replay.stop)
+                               for channel in spec.used_channels}
+    clock = 0
+
+    def handle(offset: int, event: Event) -> None:
+        nonlocal clock
+        if offset != clock:
+            clock = offset
+            aggregator.set_clock(offset)
+        aggregator.add(event)
+
+    try:
+        replay.run(handle, aggregator.flush)
+    finally:
+        aggregator.close()
+    return report_replay(replay.recording, list(aggregator.accounts.values()), options.summary)
+
+
+def replay_print(replay: Replay, options: argparse.Namespace) -> int:
+    """Prints every event until all are printed, until stopped, or until nobody reads."""
+    printer = Printer(replay.recording.names.values(), replay.stop)
+    waiting: List[Event] = []
+
+    def handle(offset: int, event: Event) -> None:
+        waiting.append(event)
+        if replay.speed or len(waiting) >= Printer.BATCH:
+            flush()
+
+    def flush(now: float = 0.0) -> None:
+        text = "".join(f"{format_event(event)}\n" for event in waiting)
+        printer.settle(collections.Counter(event.name for event in waiting),
+                       printer.write(text.encode("utf-8", "backslashreplace")))
+        waiting.clear()
+
+    replay.run(handle, flush)
+    return report_replay(replay.recording, list(printer.accounts.values()), options.summary)
+
+
+def report_replay(recording: Recording, accounts: List[Account], summary: Optional[str]) -> int:
+    """Prints the accounting; returns the exit code. Raises BalanceError when it does not add up."""
+    result = summarize(accounts)
+    unrecorded = recording.end.get("unrecorded")
+    if unrecorded:
+        result["unrecorded"] = unrecorded
+        say("not in the recording: " + ", ".join(f"{count} {escape(cause)}" for cause, count in unrecorded.items()))
+    for line in format_accounting(accounts):
+        say(line)
+    write_summary(summary, result)
+    if not result["balanced"]:
+        raise BalanceError("the accounting does not add up")
+    return 0
 
 
 def command_collect(options: argparse.Namespace) -> int:
@@ -7441,6 +7947,21 @@ def parse_duration(text: str) -> float:
     return value
 
 
+def parse_speed(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise ValueError
+    return value
+
+
+def parse_size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,15})([kMGT]?)", text)
+    value = int(match[1]) << " kMGT".index(match[2] or " ") * 10 if match else 0
+    if value < 64 << 10:
+        raise ValueError
+    return value
+
+
 def parse_ring_size(text: str) -> int:
     value = int(text)
     if value < 4096 or value > 1 << 31 or value & (value - 1):
@@ -7455,6 +7976,8 @@ def parse_metrics_address(text: str) -> Tuple[str, int]:
 
 parse_metrics_address.__name__ = "[HOST:]PORT"
 parse_duration.__name__ = "number of seconds above 0"  # argparse names the type in its error
+parse_speed.__name__ = "factor above 0"
+parse_size.__name__ = "size of at least 64k, as in 512M"
 parse_ring_size.__name__ = "power of two from 4096 to 2147483648"
 
 
@@ -7483,6 +8006,23 @@ def build_parser() -> Parser:
                        help="serve Prometheus metrics; without HOST to this host only (port 0 takes a free one)")
     trace.add_argument("-v", "--verbose", action="store_true", help="show libbpf's log")
     trace.set_defaults(run=command_trace)
+
+    trace.add_argument("--record", metavar="FILE",
+                       help="write the events themselves to FILE, for replay; without --spec nothing is printed")
+    trace.add_argument("--record-max-bytes", type=parse_size, default=RECORD_MAX_BYTES, metavar="SIZE",
+                       help="the size of the recording, as in 512M or 4G (default 1G)")
+    replay = commands.add_parser("replay", help="run a spec over a recording, without root", allow_abbrev=False)
+    replay.add_argument("recording", metavar="FILE", help="what 'trace --record FILE' has written")
+    replay.add_argument("--spec", "--aggregation-spec", metavar="FILE",
+                        help="aggregation spec (JSON); without it every event is printed")
+    replay.add_argument("--speed", type=parse_speed, default=0.0, metavar="FACTOR",
+                        help="1 replays as it was, 10 ten times as fast (default: as fast as possible)")
+    replay.add_argument("--deliver", action="store_true",
+                        help="send alerts to the spec's channels (default: write them to stdout)")
+    replay.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
+    replay.add_argument("--salvage", action="store_true", help="replay what is whole of a torn recording")
+    replay.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
+    replay.set_defaults(run=command_replay)
 
     collect = commands.add_parser("collect", help="receive what grpc channels send", allow_abbrev=False)
     collect.add_argument("--listen", default="127.0.0.1:50051", metavar="HOST:PORT",
