@@ -69,10 +69,10 @@ def matches(rule, event):
     return tree is None or tree.matcher()(event)
 
 
-def a_spec(rule="", parameters="frequency=1", format="json", name="open", channel=None, **more):
+def a_spec(rule="", parameters="frequency=1", format="json", name="open", channel=None, function="sigma", **more):
     return {"channels": [channel or {"id": "1", "type": "file", "path": "/nonexistent/log"}],
             "events": [{"name": name, "channel": "1", "stream": "s", "group": "g", "rule": rule,
-                        "function": {"id": "sigma", "parameters": parameters},
+                        "function": {"id": function, "parameters": parameters},
                         "output": {"metrics": "alerts_per_sec", "format": format}, **more}]}
 
 
@@ -849,6 +849,56 @@ class TestSigma:
         passed = [pid for pid in [1, 2, 3, 4, 5, 6, 7, 1] if sigma.passes(an_open(pid=pid))]
         assert passed == [5, 7, 1]  # 4 and 5, 6 and 7 share a count
         assert len(sigma.groups) == 3
+
+
+class TestOtherReductions:
+    """limit, distinct and backoff; the semantics are those that Suricata documents for thresholds of these names."""
+
+    @staticmethod
+    def passing(function, seconds, **parameters):
+        """`seconds`: per second, the comms of its events. Returns the ordinals in each second that pass."""
+        passed = []
+        for comms in seconds:
+            passed.append([i for i, comm in enumerate(comms, 1) if function.passes(an_open(comm=comm))])
+            function.tick()
+        return passed
+
+    @pytest.mark.parametrize("parameters, passed", [
+        ({}, [[1], [], [1], [1]]), ({"count": 2}, [[1, 2], [], [1, 2], [1, 2]]), ({"count": 9}, [[1, 2, 3], [], [1, 2, 3], [1, 2, 3]]),
+        ({"count": 1, "seconds": 2}, [[1], [], [1], []]), ({"count": 4, "seconds": 3}, [[1, 2, 3], [], [1], [1, 2, 3]]),
+    ])
+    def test_limit(self, parameters, passed):
+        assert self.passing(traceleft.Limit(**parameters), ["aaa", "", "aaa", "aaa"]) == passed
+
+    def test_a_window_begins_with_its_first_event(self):
+        assert self.passing(traceleft.Limit(seconds=3), ["", "", "a", "a", "a", "a"]) == [[], [], [1], [], [], [1]]
+
+    def test_limit_by(self):
+        limit = traceleft.Limit(count=2, by=traceleft.parse_by("comm", OPEN))
+        assert self.passing(limit, ["aabab", "b"]) == [[1, 2, 3, 5], [1]]
+
+    @pytest.mark.parametrize("seconds, passed", [(0, [[1, 2], [2], []]), (1, [[1, 2], [1, 2], [1]]), (2, [[1, 2], [2], [1]])])
+    def test_distinct(self, seconds, passed):
+        distinct = traceleft.Distinct(seconds=seconds, by=traceleft.parse_by("comm", OPEN))
+        assert self.passing(distinct, ["abab", "ac", "a"]) == passed
+
+    @pytest.mark.parametrize("parameters, passed", [
+        ({}, [1, 10, 100]), ({"multiplier": 2}, [1, 2, 4, 8, 16, 32, 64]), ({"count": 3, "multiplier": 5}, [3, 15, 75]),
+        ({"count": 100}, [100]), ({"count": 101}, [])])
+    def test_backoff(self, parameters, passed):
+        assert self.passing(traceleft.Backoff(**parameters), ["a" * 100]) == [passed]
+
+    def test_backoff_goes_on_across_seconds(self):
+        assert self.passing(traceleft.Backoff(multiplier=2), ["aaa", "a", "", "aaaa"]) == [[1, 2], [1], [], [4]]
+
+    @pytest.mark.parametrize("function, parameters, error", [
+        ("limit", "count=0", "count: expected an integer from 1 to 2147483647, not '0'"),
+        ("limit", "frequency=2", "limit has no parameter 'frequency'; known: count, seconds, by"),
+        ("limit", "seconds=0", "seconds: expected an integer from 1"), ("distinct", "seconds=-1", "seconds: expected an integer from 0"),
+        ("distinct", "", "distinct needs the parameter 'by'"), ("backoff", "multiplier=1", "multiplier: expected an integer from 2"),
+        ("backof", "", "did you mean 'backoff'")])
+    def test_errors(self, function, parameters, error):
+        assert error in "\n".join(errors_of(a_spec("", parameters, function=function)))
 
 
 class TestSpec:
@@ -2581,7 +2631,10 @@ class TestTwoEngines:
     parameters = st.one_of(
         st.builds("frequency={};threshold={}".format, st.sampled_from([0, 1, 2, 3, 7]), st.sampled_from([0, 0, 1, 2, 5])),
         st.builds("frequency={};threshold={};by={}".format, st.sampled_from([1, 2, 3]), st.sampled_from([0, 1]),
-                  st.sampled_from(["comm", "filename", "ret,uid", "comm,filename,arg2", "pid", "path,exe", "cgroup", "container"])))
+                  st.sampled_from(["comm", "filename", "ret,uid", "comm,filename,arg2", "pid", "path,exe", "cgroup", "container"])),
+        st.sampled_from(["limit:", "limit:count=2;seconds=2", "limit:count=3;by=comm", "limit:seconds=3;by=filename", "distinct:by=comm",
+                         "distinct:by=filename,uid;seconds=1", "distinct:by=container;seconds=2", "backoff:", "backoff:multiplier=2",
+                         "backoff:count=3;multiplier=2;by=comm", "backoff:count=2;multiplier=3;by=pid"]))
     open_filters = st.lists(st.tuples(st.just("open"), rule, parameters), min_size=1, max_size=12)
     other_filters = st.lists(st.sampled_from([
         ("mkdirat", "dfd == AT_FDCWD and startswith(pathname, '/')", "frequency=2"), ("mkdirat", "", "by=mode"),
@@ -2599,7 +2652,8 @@ class TestTwoEngines:
         for name, text, parameters in [*opens, *others]:
             with contextlib.suppress(RuleError):  # a constant, for example
                 parse_rule(text, EVENT_TYPES[name])
-                filters.append({**a_spec(text, parameters)["events"][0], "name": name})
+                function, _, parameters = parameters.rpartition(":")
+                filters.append({**a_spec(text, parameters, function=function or "sigma")["events"][0], "name": name})
         if not filters:
             return
         spec = parse_spec({**a_spec(), "events": filters})
@@ -2639,13 +2693,17 @@ class TestTwoEngines:
                 account = state.account
                 found[state.spec.id] = (account.matched, account.passed, account.folded)
         for state in model.states.values():
-            account, sigma = state.account, state.processing
+            account, function = state.account, state.processing
             assert found[state.spec.id] == (account.matched, account.passed, account.folded), state.spec.rule_text
             if state.spec.id in groups and state.spec.parameters["by"]:
-                other = sigma.other.counted % sigma.frequency if sigma.other else 0
                 number, counted = groups[state.spec.id]
-                assert number == len(sigma.groups), state.spec
-                assert counted % sigma.frequency == other
+                assert number == len(function.groups), state.spec
+                other = function.other.counted if function.other else 0
+                if state.spec.processing == "sigma":  # whose model counts from the last event that passed
+                    frequency = function.packed.frequency
+                    assert counted % frequency == other % frequency
+                else:
+                    assert counted == other
         type(self).comparisons += fed * len(spec.filters)
         type(self).kernel_filters += len(groups)
 
@@ -2765,7 +2823,8 @@ class TestKernelSide:
         ("dimension", traceleft.DIMENSION, "kind:B field:B length:H id:I vector:I first:I count:I reserved:I and_mask:Q xor_mask:Q"),
         ("text_key", traceleft.TEXT_KEY, "dimension:I length:I hash:Q"),
         ("text", traceleft.TEXT, "vector:I literal:I"),
-        ("filter", traceleft.FILTER, "frequency:Q threshold:Q flags:I max_groups:I fields:I by_count:I by:24s by_text:24s"),
+        ("filter", traceleft.FILTER, "frequency:Q threshold:Q flags:I max_groups:I fields:I by_count:I processing:I "
+         "seconds:I by:24s by_text:24s"),
         ("filter_counts", traceleft.FILTER_COUNTS, "matched:Q passed:Q folded:Q submitted:Q ring_full:Q reserved:24x"),
     ])
     def test_tables(self, btf, name, packed, fields):
@@ -2810,7 +2869,7 @@ class TestKernelSide:
         paths = re.findall(r"PATH_\w+", re.search(r"enum path_kind \{(.*?)\}", header, re.S)[1])
         assert [getattr(traceleft, name) for name in paths] == list(range(5))
         names = (r"(SOURCE_\w+|EVENT_(?!PATH_UNKNOWN)\w+|MAX_ARGS|MAX_SLOTS|MAX_FILES|MAX_WORDS|MAX_DIMENSIONS|MAX_PROCESSES"
-                 r"|MAX_SYSCALLS|MAX_PENDING|MAX_SOCKETS|DFD_CWD|RECORD_VERSION|FILTER_STREAM)"
+                 r"|MAX_SYSCALLS|MAX_PENDING|MAX_SOCKETS|DFD_CWD|RECORD_VERSION|FILTER_[A-Z]+|PROCESSING_[A-Z]+)"
                  r" ?=? ?(\d+(?: << \d+)?)")
         values = dict(re.findall(names, header))
         for name, value in values.items():

@@ -1751,6 +1751,19 @@ def parse_count(text: str, event_type: EventType) -> int:
     return int(text)
 
 
+def number_parser(lowest: int, highest: int) -> Callable[[str, EventType], int]:
+    def parse(text: str, event_type: EventType) -> int:
+        if not re.fullmatch(r"[0-9]{1,10}", text) or not lowest <= int(text) <= highest:
+            raise ValueError(f"expected an integer from {lowest} to {highest}, not '{escape(text)}'")
+        return int(text)
+
+    return parse
+
+
+MAX_NUMBER = (1 << 31) - 1  # of events or seconds in a window
+parse_positive, parse_seconds, parse_multiplier = (number_parser(lowest, MAX_NUMBER) for lowest in (1, 0, 2))
+
+
 def parse_by(text: str, event_type: EventType) -> Tuple[Field, ...]:
     fields, known = [], event_fields(event_type)
     for name in text.split(","):
@@ -1769,34 +1782,55 @@ class Group:
     __slots__ = ("second", "received", "counted")
 
     def __init__(self) -> None:
-        self.second = -1   # the second that `received` belongs to
-        self.received = 0  # events in that second
+        self.second = 0    # with which the window of `received` begins
+        self.received = 0  # events in that window
         self.counted = 0   # events since the last one that passed
 
 
-class Sigma:
-    """`frequency=N`: every N-th event passes. `threshold=T`: the first T of a second are held back, not counted."""
+PROCESSING_SIGMA, PROCESSING_LIMIT, PROCESSING_BACKOFF = range(3)  # enum processing in bpf/traceleft.h
 
-    name: ClassVar[str] = "sigma"
-    parameters: ClassVar[Dict[str, Parameter]] = {
-        "frequency": Parameter(1, parse_count),
-        "threshold": Parameter(0, parse_count),
-        "by": Parameter((), parse_by),
-    }
 
-    def __init__(self, frequency: int = 1, threshold: int = 0, by: Tuple[Field, ...] = (),
-                 max_groups: int = MAX_GROUPS, event_time: bool = False) -> None:
+class Packed(NamedTuple):
+    """What a processing function is to the kernel side: members of struct filter."""
+
+    processing: int  # enum processing
+    frequency: int = 1
+    threshold: int = 0
+    seconds: int = 1
+
+    @property
+    def uses_time(self) -> bool:
+        return self.processing != PROCESSING_BACKOFF and self.threshold > 0
+
+
+class Processing:
+    """Base of the processing functions: keeps the groups of `by`.
+
+    A function says in `parameters` what it takes, in passes_in() which events pass, and in pack() what it is to the
+    kernel side.
+    """
+
+    name: ClassVar[str]
+    parameters: ClassVar[Dict[str, Parameter]]
+    by_is_needed: ClassVar[bool] = False
+
+    def __init__(self, by: Tuple[Field, ...] = (), max_groups: int = MAX_GROUPS, event_time: bool = False,
+                 **parameters: int) -> None:
         """With `event_time` an event's second is that of its timestamp, else it is the one between two ticks.
 
         The seconds of timestamps are those of the kernel's clock, which `clock_offset_ns` is behind Unix time.
         """
-        self.frequency, self.threshold, self.max_groups = max(frequency, 1), threshold, max_groups
-        self.event_time = event_time
+        self.max_groups, self.event_time = max_groups, event_time
         self.clock_offset_ns = 0
         self.getters = [member.getter() for member in by]
         self.groups: Dict[Tuple[Value, ...], Group] = {}
         self.other: Optional[Group] = None  # all groups beyond max_groups
         self.second = 0
+        self.packed = self.pack(**parameters)
+
+    @staticmethod
+    def pack(**parameters: int) -> Packed:
+        raise NotImplementedError
 
     def group(self, event: Event) -> Group:
         key = tuple([get(event) for get in self.getters])
@@ -1810,25 +1844,102 @@ class Sigma:
 
     def passes(self, event: Event) -> bool:
         """Counts a matched event and says whether it passes."""
-        group = self.group(event)
         second = (event.timestamp_ns - self.clock_offset_ns) // NSEC_PER_SEC if self.event_time else self.second
-        if second > group.second or second < group.second - 1:  # a CPU that is late counts in the second that has begun
-            group.second, group.received = second, 0
+        return self.passes_in(self.group(event), second)
+
+    def passes_in(self, group: Group, second: int) -> bool:
+        raise NotImplementedError
+
+    def count_in_window(self, group: Group, second: int) -> int:
+        """How many events the group has received in the window, this one included. It begins with its first event."""
+        seconds = self.packed.seconds
+        if not group.received or (seconds and second >= group.second + seconds) or second < group.second - 1:
+            group.second, group.received = second, 0  # but an event that is a little late counts in what has begun
         group.received += 1
-        if group.received <= self.threshold:
-            return False
-        group.counted += 1
-        if group.counted < self.frequency:
-            return False
-        group.counted = 0
-        return True
+        return group.received
 
     def tick(self) -> None:
         """The second is over."""
         self.second += 1
 
 
-PROCESSING: Dict[str, Type[Sigma]] = {function.name: function for function in (Sigma,)}
+class Sigma(Processing):
+    """`frequency=N`: every N-th event passes. `threshold=T`: the first T of a second are held back, not counted."""
+
+    name = "sigma"
+    parameters = {
+        "frequency": Parameter(1, parse_count),
+        "threshold": Parameter(0, parse_count),
+        "by": Parameter((), parse_by),
+    }
+
+    @staticmethod
+    def pack(frequency: int = 1, threshold: int = 0) -> Packed:  # type: ignore[override]
+        return Packed(PROCESSING_SIGMA, max(frequency, 1), threshold)
+
+    def passes_in(self, group: Group, second: int) -> bool:
+        if self.packed.threshold and self.count_in_window(group, second) <= self.packed.threshold:
+            return False
+        group.counted += 1
+        if group.counted < self.packed.frequency:
+            return False
+        group.counted = 0
+        return True
+
+
+class Limit(Processing):
+    """`count=N`, `seconds=S`: the first N events pass, and no other until S seconds after the first."""
+
+    name = "limit"
+    parameters = {
+        "count": Parameter(1, parse_positive),
+        "seconds": Parameter(1, parse_positive),
+        "by": Parameter((), parse_by),
+    }
+
+    @staticmethod
+    def pack(count: int = 1, seconds: int = 1) -> Packed:  # type: ignore[override]
+        return Packed(PROCESSING_LIMIT, threshold=count, seconds=seconds)
+
+    def passes_in(self, group: Group, second: int) -> bool:
+        return self.count_in_window(group, second) <= self.packed.threshold
+
+
+class Distinct(Limit):
+    """`by=FIELD`: the first event of each value passes, and no other until `seconds` after it; 0: no other at all."""
+
+    name = "distinct"
+    parameters = {"seconds": Parameter(0, parse_seconds), "by": Parameter((), parse_by)}
+    by_is_needed = True
+
+    @staticmethod
+    def pack(seconds: int = 0) -> Packed:  # type: ignore[override]
+        return Packed(PROCESSING_LIMIT, threshold=1, seconds=seconds)
+
+
+class Backoff(Processing):
+    """`count=N`, `multiplier=M`: the events number N, N x M, N x M x M and so on pass."""
+
+    name = "backoff"
+    parameters = {
+        "count": Parameter(1, parse_positive),
+        "multiplier": Parameter(10, parse_multiplier),
+        "by": Parameter((), parse_by),
+    }
+
+    @staticmethod
+    def pack(count: int = 1, multiplier: int = 10) -> Packed:  # type: ignore[override]
+        return Packed(PROCESSING_BACKOFF, frequency=multiplier, threshold=count)
+
+    def passes_in(self, group: Group, second: int) -> bool:
+        group.counted += 1
+        power, rest = divmod(group.counted, self.packed.threshold)
+        while not rest and power > 1:
+            power, rest = divmod(power, self.packed.frequency)
+        return not rest and power == 1
+
+
+PROCESSING: Dict[str, Type[Processing]] = {function.name: function for function in (Sigma, Limit, Distinct, Backoff)}
 
 
 # ======================================================================================================================
@@ -1960,6 +2071,12 @@ class Filter:
     parameters: Mapping[str, Any] = field(hash=False)
     metrics: str               # key of OUTPUTS
     format: str
+
+    @property
+    def packed(self) -> Packed:
+        """What the processing function is to the kernel side."""
+        parameters = {name: value for name, value in self.parameters.items() if name != "by"}
+        return PROCESSING[self.processing].pack(**parameters)
 
 
 @dataclass(frozen=True)
@@ -2237,6 +2354,8 @@ class SpecParser:
                     values[name] = known[name].parse(value, event_type)
                 except ValueError as error:
                     self.error(path, f"{name}: {error}")
+        if PROCESSING[function].by_is_needed and "by" not in values:
+            self.error(path, f"{function} needs the parameter 'by': what is to be distinct, as in 'by=filename'")
         return {**{name: parameter.default for name, parameter in known.items()}, **values}
 
     def output(self, value: Any, path: str, channel_type: Optional[str],
@@ -2291,7 +2410,7 @@ ALL_FIELDS = (1 << FIELD_TIME + 1) - 1
 PRINTED_FIELDS = (1 << MAX_SLOTS) - 1 | sum(1 << KERNEL_FIELDS[name] for name in (
     "ret", "pid", "program_id", "pidns", "path", "files", "files_1", "time"))  # those of format_event()
 DIMENSION_INTEGER, DIMENSION_WHOLE, DIMENSION_PREFIX, DIMENSION_SUFFIX = range(4)
-FILTER_STREAM = 1
+FILTER_STREAM, FILTER_GENERAL = 1, 2
 MAX_DIMENSIONS = 32
 MAX_WORDS = 17                # MAX_FILTERS rows, and room for the stream of those that Python evaluates
 MAX_ROWS = 64 * MAX_WORDS     # of all filters of one event type
@@ -2305,7 +2424,7 @@ MATCHER = struct.Struct("=IIIIII")
 VECTOR_SIZE = 8 * MAX_WORDS
 TEXT_KEY = struct.Struct("=IIQ")
 TEXT = struct.Struct("=II")
-FILTER = struct.Struct("=QQIIII24s24s")
+FILTER = struct.Struct("=QQIIIIII24s24s")
 
 
 class Dimension(NamedTuple):
@@ -2688,7 +2807,7 @@ class Tables:
     def filter_fields(member: Filter) -> int:
         """Fields that counting for the filter reads, as a bit mask."""
         fields = sum(1 << number for number, _ in kernel_fields(member.parameters.get("by", ())))
-        return fields | (1 << FIELD_TIME if member.parameters.get("threshold") else 0)
+        return fields | (1 << FIELD_TIME if member.packed.uses_time else 0)
 
     def pack_matcher(self, event: str, rows: Sequence[Row], first_row: int, fields: int) -> bytes:
         """struct matcher; integers come first, since a text has to be read and hashed."""
@@ -2766,11 +2885,13 @@ class Tables:
     def pack_filter(self, member: KernelFilter) -> bytes:
         """struct filter."""
         if member.spec is None:
-            return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, b"", b"")
-        parameters = member.spec.parameters
-        by = kernel_fields(parameters["by"])
-        return FILTER.pack(max(parameters["frequency"], 1), parameters["threshold"], 0, self.max_groups, self.shown,
-                           len(by), bytes(number for number, _ in by), bytes(is_text for _, is_text in by))
+            return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, PROCESSING_SIGMA, 0, b"", b"")
+        by = kernel_fields(member.spec.parameters["by"])
+        packed = member.spec.packed
+        flags = FILTER_GENERAL if by or packed.processing != PROCESSING_SIGMA or packed.threshold else 0
+        return FILTER.pack(packed.frequency, packed.threshold, flags, self.max_groups, self.shown, len(by),
+                           packed.processing, packed.seconds, bytes(number for number, _ in by),
+                           bytes(is_text for _, is_text in by))
 
     @property
     def group_count(self) -> int:
@@ -6765,6 +6886,9 @@ NO_NUL = "^[^\\u0000]*$"
 PARAMETER_PATTERNS: Dict[Callable[[str, EventType], Any], str] = {
     parse_count: r"\s*[0-9]{1,19}\s*",
     parse_by: r"[^;=]*[^;=\s][^;=]*",
+    parse_positive: r"\s*0*[1-9][0-9]{0,9}\s*",
+    parse_seconds: r"\s*[0-9]{1,10}\s*",
+    parse_multiplier: r"\s*0*([2-9]|[1-9][0-9]{1,9})\s*",
 }
 
 

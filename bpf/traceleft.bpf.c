@@ -879,32 +879,65 @@ static __always_inline bool match(struct record *record, const struct matcher *m
  * Counting
  */
 
-/* How many events the group has received in the event's second, this one included. A second never goes back: a CPU that
- * is late counts in the one that has begun. */
-static __always_inline __u64 count_in_second(struct group *group, __u64 second)
+/* How many events the group has received in the window, this one included. The window begins with the second of its first
+ * event and never goes back: a CPU that is late counts in the one that has begun. */
+static __always_inline __u64 count_in_window(struct group *group, const struct filter *filter, const struct record *record)
 {
+	__u64 second = record->header.timestamp_ns / NSEC_PER_SEC;
+
 	for (int i = 0; i < MAX_RACES; i++) {
 		__u64 old = *(volatile __u64 *)&group->window, new = old + 1;
 
-		if (old >> 32 < second)
+		if (!old || (filter->seconds && (old >> 32) + filter->seconds <= second))
 			new = second << 32 | 1;
+		else if (!(__u32)new)
+			return (__u32)old; /* so many that the count would run over */
 		if (__sync_val_compare_and_swap(&group->window, old, new) == old)
 			return (__u32)new;
 	}
-	return 0; /* held back, as if it was among the first */
+	return 0; /* held back, as if it was among the first; of a limit, let through */
 }
 
-/* sigma: `threshold`, then `frequency`. traceleft.py's class Sigma is the model. */
-static __always_inline bool held_back(struct group *group, const struct filter *filter, const struct record *record)
-{
-	return filter->threshold &&
-	       count_in_second(group, record->header.timestamp_ns / NSEC_PER_SEC) <= filter->threshold;
-}
-
-static __always_inline bool is_turn(struct group *group, const struct filter *filter)
+static __always_inline bool every_nth(struct group *group, const struct filter *filter)
 {
 	return filter->frequency <= 1 ||
 	       (__sync_fetch_and_add(&group->counted, 1) + 1) % filter->frequency == 0;
+}
+
+static __always_inline bool sigma(struct group *group, const struct filter *filter, const struct record *record)
+{
+	if (filter->threshold && count_in_window(group, filter, record) <= filter->threshold)
+		return false;
+	return every_nth(group, filter);
+}
+
+static __always_inline bool limit(struct group *group, const struct filter *filter, const struct record *record)
+{
+	return count_in_window(group, filter, record) <= filter->threshold;
+}
+
+/* The events number N, N x M, N x M x M, … pass. */
+static __always_inline bool backoff(struct group *group, const struct filter *filter)
+{
+	__u64 number = __sync_fetch_and_add(&group->counted, 1) + 1, power = number / filter->threshold;
+
+	if (number % filter->threshold)
+		return false;
+	for (int i = 0; i < 64; i++) { /* M is 2 at least */
+		if (power <= 1 || power % filter->frequency)
+			break;
+		power /= filter->frequency;
+	}
+	return power == 1;
+}
+
+static __always_inline bool passes(struct group *group, const struct filter *filter, const struct record *record)
+{
+	if (filter->processing == PROCESSING_LIMIT)
+		return limit(group, filter, record);
+	if (filter->processing == PROCESSING_BACKOFF)
+		return backoff(group, filter);
+	return sigma(group, filter, record);
 }
 
 /* The hash of the values of the filter's `by` fields. */
@@ -1041,14 +1074,13 @@ static __always_inline int count_inline(struct record *record, const struct sour
 	counts = bpf_map_lookup_elem(&filter_counts, &place);
 	if (!filter || !state || !counts)
 		return 0;
-	if (plain && (filter->by_count || filter->threshold))
+	if (plain && filter->flags & FILTER_GENERAL)
 		return count_row(record, source, row);
 	record->filter = filter_index;
 	counts->matched++;
 	if (!(filter->flags & FILTER_STREAM)) {
 		group = !plain && filter->by_count ? find_group(record, filter, filter_index, state) : 0;
-		if ((!plain && held_back(group ? group : &state->group, filter, record)) ||
-		    !is_turn(group ? group : &state->group, filter)) {
+		if (plain ? !every_nth(&state->group, filter) : !passes(group ? group : &state->group, filter, record)) {
 			counts->folded++;
 			return 0;
 		}

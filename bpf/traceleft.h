@@ -186,23 +186,33 @@ struct text {
 };
 
 enum filter_flags {
-	FILTER_STREAM = 1, /* not one filter: every event goes into the ring, for the filters that need Python */
+	FILTER_STREAM = 1,  /* not one filter: every event goes into the ring, for the filters that need Python */
+	FILTER_GENERAL = 2, /* is counted by more than `frequency` */
+};
+
+/* Which matched events pass: traceleft.py's classes of these names say how. */
+enum processing {
+	PROCESSING_SIGMA,
+	PROCESSING_LIMIT, /* `distinct`, too */
+	PROCESSING_BACKOFF,
 };
 
 struct filter {
-	__u64 frequency;
-	__u64 threshold;
+	__u64 frequency; /* backoff: `multiplier` */
+	__u64 threshold; /* limit, backoff: `count` */
 	__u32 flags; /* enum filter_flags */
 	__u32 max_groups;
 	__u32 fields; /* what its records show: a bit of each enum field */
 	__u32 by_count;
+	__u32 processing; /* enum processing */
+	__u32 seconds;    /* of the window in which `threshold` counts; 0: for ever */
 	__u8 by[MAX_BY]; /* enum field */
 	__u8 by_text[MAX_BY];
 };
 
 /* The counts of one `by` group. */
 struct group {
-	__u64 window;  /* second << 32 | events received in it */
+	__u64 window;  /* second that it begins with << 32 | events received in it; 0: none yet */
 	__u64 counted; /* events towards `frequency` */
 };
 
@@ -290,7 +300,7 @@ struct event_header {
 _Static_assert(sizeof(struct argument) == 16, "traceleft.py: ARGUMENT");
 _Static_assert(sizeof(struct source) == 24 + MAX_ARGS * 16, "traceleft.py: SOURCE");
 _Static_assert(sizeof(struct dimension) == 40, "traceleft.py: DIMENSION");
-_Static_assert(sizeof(struct filter) == 80, "traceleft.py: FILTER");
+_Static_assert(sizeof(struct filter) == 88, "traceleft.py: FILTER");
 _Static_assert(sizeof(struct filter_state) == 64, "a cache line");
 _Static_assert(sizeof(struct filter_counts) == 64, "a cache line");
 _Static_assert(sizeof(struct event_header) == 200, "traceleft.py: HEADER");
