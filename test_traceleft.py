@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import pty
+import random
 import re
 import select
 import shutil
@@ -5854,6 +5855,515 @@ class TestBadHosts:
 
     def test_the_log_of_libbpf_is_shown_with_v(self):
         assert "libbpf:" in run("trace", "mkdir", "--duration", "0.2", "-v").stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What goes wrong, and what is promised then: the README's fault table. `make soak` runs the long forms
+# ----------------------------------------------------------------------------------------------------------------------
+
+SOAK = os.environ.get("TRACELEFT_SOAK") == "1"
+
+
+def length(short, full):
+    """Of a test's two forms."""
+    return full if SOAK else short
+
+
+def figures(**found):
+    """What a test has found: a line of `make soak`, named after the test."""
+    if SOAK:
+        name = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].partition(" ")[0]
+        print(f"\n  {name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items()), flush=True)
+
+
+class Sink:
+    """A collector of its own process, which notes every alert in a file before it acknowledges; `delay` seconds for each."""
+
+    CODE = """if True:
+        import os, sys, threading, time, traceleft
+        log = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        class Sink(traceleft.Collector):
+            def is_double(self, agent, sequence):
+                return False
+            def count(self, metric, peer):
+                time.sleep(float(sys.argv[3]))
+                os.write(log, f"{metric.Agent} {metric.Sequence} {metric.Count} {metric.Lost}\\n".encode())
+        Sink(sys.argv[1])
+        print("listening", flush=True)
+        threading.Event().wait()"""
+
+    def __init__(self, log, port, host="localhost", delay=0.0, prefix=()):
+        self.log = log
+        self.process = subprocess.Popen([*prefix, sys.executable, "-c", self.CODE, f"{host}:{port}", str(log), str(delay)], cwd=HERE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout.readline() == "listening\n"
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.kill()
+
+    def received(self):
+        """((agent, sequence) -> count, how many came twice)."""
+        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        counts = {(agent, int(sequence)): int(count) for agent, sequence, count, _ in lines}
+        return counts, len(lines) - len(counts)
+
+
+class Load:
+    """Processes that open files without end, until the block ends; `opens` is how many opens there were then."""
+
+    SOURCE = """if True:
+        import os, signal, sys
+        done = []
+        signal.signal(signal.SIGTERM, lambda *_: done.append(1))
+        count, names = 0, sys.argv[1:]
+        while not done:
+            for name in names:
+                os.close(os.open(name, os.O_WRONLY | os.O_CREAT))
+            count += len(names)
+        print(count)"""
+
+    def __init__(self, *names, processes=1):
+        self.processes = [subprocess.Popen([sys.executable, "-S", "-c", self.SOURCE, *map(str, names)], stdout=subprocess.PIPE,
+                                           text=True) for _ in range(processes)]
+        self.opens = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.terminate()
+        self.opens = sum(int(process.communicate(timeout=DEADLINE)[0]) for process in self.processes)
+
+
+def program_ids(pid):
+    """Of the BPF programs that a process holds."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            found.update(re.findall(r"^prog_id:\s*(\d+)", path.read_text(), re.M))
+    return {int(number) for number in found}
+
+
+def programs_left(ids):
+    shown = json.loads(subprocess.run(["bpftool", "-j", "prog"], capture_output=True, check=True).stdout)
+    return {program["id"] for program in shown} & ids
+
+
+def many_filters(spec, names, parameters="frequency=10"):
+    """The spec with one filter for the opens of each of these files."""
+    first = spec["events"][0]
+    return {**spec, "events": [{**first, "rule": f"filename == '{name}'", "function": {"id": "sigma", "parameters": parameters}}
+                               for name in names]}
+
+
+def totals(output):
+    """(matched, passed, lost by cause) of all filters of a balanced --summary."""
+    summary = json.loads(output)
+    assert summary["balanced"], summary
+    lost = {}
+    for row in summary["filters"]:
+        for cause, count in row["lost"].items():
+            lost[cause] = lost.get(cause, 0) + count
+    return sum(row["matched"] for row in summary["filters"]), sum(row["passed"] for row in summary["filters"]), lost
+
+
+def logged(*texts):
+    """(sum of count, sum of lost) of records of the format json."""
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
+    return sum(record["count"] for record in records), sum(record["lost"] for record in records)
+
+
+class TestFaults:
+    pytestmark = live
+
+    def files(self, tmp_path, count=10):
+        return [tmp_path / f"f{number}" for number in range(count)]
+
+    def test_the_collector_is_killed_in_the_middle_of_streams(self, tmp_path):
+        port, names, log = free_port(), self.files(tmp_path, 20), tmp_path / "received"
+        spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port), names))
+        kills = length(3, 30)
+        with Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
+            with Load(*names) as load:
+                for _ in range(kills):
+                    with Sink(log, port, delay=0.01):
+                        time.sleep(random.uniform(0.6, 1.6))
+            with Sink(log, port) as sink:
+                code, output = agent.stop()
+                counts, doubles = sink.received()
+        matched, passed, lost = totals(output)
+        assert (code, matched, lost) == (0, load.opens, {})
+        assert sum(counts.values()) == passed > 0
+        figures(kills=kills, opens=load.opens, matched=matched, passed=passed, received_once=sum(counts.values()), lost=0,
+                alerts=len(counts), alerts_sent_twice=doubles)
+
+    def test_a_collector_that_accepts_and_never_answers(self, tmp_path):
+        """First for a while, with another one in its place afterwards; then to the end."""
+        names, outcomes = self.files(tmp_path, 5), {}
+        for ends in (False, True):
+            with socket.create_server(("localhost", 0)) as silent:
+                port = silent.getsockname()[1]
+                spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port), names))
+                with Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
+                    with Load(*names) as load:
+                        time.sleep(length(1.5, 30))
+                    silent.close() if ends else None
+                    with Sink(tmp_path / "received", port) if ends else contextlib.nullcontext() as sink:
+                        begin = time.monotonic()
+                        code, output = agent.stop()
+                        took = time.monotonic() - begin
+                        counts = sink.received()[0] if sink else {}
+            matched, passed, lost = totals(output)
+            assert code == 0 and matched == load.opens and took < traceleft.CLOSE_TIMEOUT + 3
+            assert passed == sum(counts.values()) + sum(lost.values())
+            assert set(lost) <= {"not_acknowledged"} and bool(lost) == (not ends)
+            outcomes[ends] = f"passed {passed}, received {sum(counts.values())}, lost {lost}, end took {took:.1f} s"
+        assert any("were not acknowledged and are lost" in line for line in agent.stderr) != ends
+        figures(replaced=outcomes[True], never=outcomes[False])
+
+    def test_packets_are_dropped(self, tmp_path):
+        """Two network namespaces; packets to the other's address go to nobody for a while."""
+        names, addresses, log = self.files(tmp_path, 5), ("169.254.77.1", "169.254.77.2"), tmp_path / "received"
+        holders = [subprocess.Popen(["unshare", "--net", "sleep", "1000"]) for _ in addresses]
+        inside = [["nsenter", f"--net=/proc/{holder.pid}/ns/net"] for holder in holders]
+
+        def ip(side, *arguments):
+            subprocess.run([*inside[side], "ip", *arguments], check=True)
+
+        try:
+            for holder in holders:
+                own = os.readlink("/proc/self/ns/net")
+                wait_until(lambda holder=holder, own=own: os.readlink(f"/proc/{holder.pid}/ns/net") != own, "its namespace")
+            ip(0, "link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", str(holders[1].pid))
+            for side, address in enumerate(addresses):
+                ip(side, "link", "set", "lo", "up")
+                ip(side, "addr", "add", f"{address}/30", "dev", f"v{side}")
+                ip(side, "link", "set", f"v{side}", "up")
+            spec = grpc_spec(50051, {"path": f"{addresses[1]}:50051"})
+            spec = write_spec(tmp_path / "spec", many_filters(spec, names))
+            with Sink(log, 50051, addresses[1], prefix=inside[1]) as sink, \
+                    Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-", prefix=inside[0]) as agent:
+                with Load(*names) as load:
+                    wait_until(lambda: sink.received()[0], "the first alerts")
+                    for side in (0, 1):
+                        ip(side, "neigh", "replace", addresses[1 - side], "lladdr", "02:00:00:00:00:99", "dev", f"v{side}")
+                    time.sleep(0.3)
+                    before = len(sink.received()[0])
+                    time.sleep(length(2.5, 30))
+                    during = len(sink.received()[0]) - before
+                    for side in (0, 1):
+                        ip(side, "neigh", "del", addresses[1 - side], "dev", f"v{side}")
+                    wait_until(lambda: len(sink.received()[0]) > before, "an alert after that")
+                code, output = agent.stop()
+                counts, doubles = sink.received()
+        finally:
+            for holder in holders:
+                holder.kill()
+                holder.wait()
+        matched, passed, lost = totals(output)
+        assert (code, matched, lost, during) == (0, load.opens, {}, 0)
+        assert sum(counts.values()) == passed > 0
+        figures(seconds_without_packets=length(2.5, 30), opens=load.opens, matched=matched, passed=passed,
+                received_once=sum(counts.values()), lost=0, alerts_sent_twice=doubles)
+
+    @pytest.mark.parametrize("server, tls, said", [
+        ("server", {"ca": "other-ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
+        ("expired", {"ca": "ca.pem"}, "certificate has expired"),
+        ("elsewhere", {"ca": "ca.pem"}, "Hostname Verification Check failed"),
+        ("server with clients", {"ca": "ca.pem"}, "UNAVAILABLE"),
+    ], ids=["wrong CA", "expired", "wrong name", "missing client certificate"])
+    def test_tls(self, generated, certificates, monkeypatch, capsys, server, tls, said):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.3)
+        name, _, clients = server.partition(" with ")
+        with ProtoServer(generated, credentials=server_credentials(certificates, name, bool(clients))) as receiver:
+            options = {"tls": {key: f"{certificates}/{file}" for key, file in tls.items()}}
+            aggregator = Aggregator(grpc_spec(receiver.port, options))
+            for second in range(3):
+                aggregator.add(an_open())
+                aggregator.flush(float(second))
+            wait_until(lambda: aggregator.channels["1"].figures()["failures"], "an error")
+            aggregator.close()
+        assert receiver.metrics == [] and aggregator.summary()["balanced"]
+        assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 3}
+        first, *_ = lines = capsys.readouterr().err.splitlines()
+        assert said in first and len(lines) == 2
+        figures(passed=3, received=0, lost=aggregator.accounts["open-0"].lost, said=first[:160])
+
+    def test_the_disk_is_full_and_then_free(self, tmp_path):
+        names, disk = self.files(tmp_path, 5), tmp_path / "disk"
+        disk.mkdir()
+        spec = a_spec(channel={"id": "1", "type": "file", "path": f"{disk}/log"})
+        mounted = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size=256k t {disk} && exec "$@"', "sh"]
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", many_filters(spec, names)), "--summary", "-", prefix=mounted) as agent:
+            folder = os.open(f"/proc/{agent.process.pid}/root{disk}", os.O_RDONLY)  # stays when the namespace is gone
+            with Load(*names) as load:
+                wait_until(lambda: os.stat("log", dir_fd=folder).st_size, "the first records")
+                fill = os.open("fill", os.O_WRONLY | os.O_CREAT, dir_fd=folder)
+                wait_until(lambda: self.fills(fill) and any("No space left on device" in line for line in agent.stderr), "a full disk")
+                full = os.stat("log", dir_fd=folder).st_size
+                time.sleep(length(2, 30))
+                assert os.stat("log", dir_fd=folder).st_size - full < 4096
+                os.close(fill)
+                os.unlink("fill", dir_fd=folder)
+                wait_until(lambda: any("works again" in line for line in agent.stderr), "it works again")
+            code, output = agent.stop()
+            with os.fdopen(os.open("log", os.O_RDONLY, dir_fd=folder)) as file:
+                count, told = logged(file.read())
+            os.close(folder)
+        matched, passed, lost = totals(output)
+        assert (code, matched, count, told, lost) == (0, load.opens, passed, 0, {})
+        figures(seconds_full=length(2, 30), opens=load.opens, matched=matched, passed=passed, written=count, lost=0)
+
+    @staticmethod
+    def fills(fd):
+        """Writes until nothing more fits."""
+        for size in (4096, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(fd, bytes(size))
+        return True
+
+    def test_the_log_is_renamed_removed_linked_and_truncated(self, tmp_path):
+        folder = tmp_path / "logs"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        log, precious, names = folder / "log", tmp_path / "precious", self.files(tmp_path, 5)
+        precious.write_text("")
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(log)})
+        texts, rounds = [], length(1, 15)
+
+        def settled():
+            """Between two seconds' records."""
+            while True:
+                size = log.stat().st_size if log.exists() else 0
+                time.sleep(0.15)
+                if log.exists() and log.stat().st_size > size > 0:
+                    time.sleep(0.1)
+                    return
+
+        def rename():
+            log.rename(folder / f"log.{len(texts)}")
+            texts.append(folder / f"log.{len(texts)}")
+
+        def remove():
+            texts.append(log.open())
+            log.unlink()
+
+        def copy_and_truncate():
+            texts.append(log.read_text())
+            os.truncate(log, 0)
+
+        def link():
+            rename()
+            log.symlink_to(precious)
+            os.lchown(log, 1, 1)
+            wait_until(lambda: any("another user's" in line for line in agent.stderr), "it is refused")
+            log.unlink()
+
+        def signal_it():
+            rename()
+            agent.process.send_signal(signal.SIGUSR1)
+
+        steps = [rename, remove, copy_and_truncate, link, signal_it] * rounds
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", many_filters(spec, names)), "--summary", "-") as agent:
+            with Load(*names) as load:
+                for step in steps:
+                    settled()
+                    step()
+            code, output = agent.stop()
+        matched, passed, lost = totals(output)
+        count, told = logged(log.read_text(), *(text if isinstance(text, str) else text.read() if hasattr(text, "read") else
+                                                text.read_text() for text in texts))
+        for text in texts:
+            text.close() if hasattr(text, "close") else None
+        assert (code, matched, count, told, lost, precious.read_text()) == (0, load.opens, passed, 0, {}, "")
+        figures(steps=len(steps), opens=load.opens, matched=matched, passed=passed, written=count, lost=0, through_the_link=0)
+
+    def test_sigterm_at_random_moments(self, tmp_path):
+        names, moments = self.files(tmp_path, 5), length(4, 200)
+        spec = write_spec(tmp_path / "spec", many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}), names, ""))
+        found = [0, 0]
+        with Load(*names):
+            for _ in range(moments):
+                with Agent("trace", "--spec", spec, "--summary", "-") as agent:
+                    ids = program_ids(agent.process.pid)
+                    time.sleep(random.uniform(0, 1.5))
+                    code, output = agent.stop(signal.SIGTERM)
+                matched, passed, lost = totals(output)
+                count, told = logged((tmp_path / "log").read_text()) if matched else (0, 0)
+                (tmp_path / "log").unlink()
+                assert ids and (code, lost, count, told) == (0, {}, passed, 0)
+                assert not any("Traceback" in line for line in agent.stderr)
+                wait_until(lambda ids=ids: not programs_left(ids), "its programs are gone")
+                found[0] += matched
+                found[1] += count
+        figures(moments=moments, matched=found[0], written=found[1], lost=0, programs_left_attached=0)
+
+    def test_kill_9_of_the_agent(self, tmp_path):
+        port, names, log = free_port(), self.files(tmp_path, 20), tmp_path / "received"
+        spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool"}}), names))
+        kills = length(2, 20)
+        with Load(*names):
+            for _ in range(kills):
+                with Agent("trace", "--spec", spec, "--collector-insecure") as agent:
+                    ids = program_ids(agent.process.pid)
+                    wait_until(lambda: list((tmp_path / "spool").glob("*.spool")), "something is spooled")
+                    time.sleep(random.uniform(0.5, 1.5))
+                    agent.process.kill()
+                assert ids
+                wait_until(lambda ids=ids: not programs_left(ids), "its programs are gone")
+        spooled = [entry for path in sorted((tmp_path / "spool").glob("*.spool")) for _, entry in traceleft.read_spooled(path.read_bytes())]
+        with Sink(log, port) as sink, Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
+            wait_until(lambda: len(sink.received()[0]) >= len(spooled), "all that was spooled")
+            code, output = agent.stop()
+            counts, doubles = sink.received()
+        runs = {}
+        for name, sequence in counts:
+            runs.setdefault(name, []).append(sequence)
+        assert (code, doubles, len(runs)) == (0, 0, kills) and totals(output)[2] == {}
+        assert all(sorted(numbers) == list(range(1, len(numbers) + 1)) for numbers in runs.values())
+        assert sum(counts.values()) == sum(entry.events for entry in spooled) > 0
+        figures(kills=kills, alerts_in_the_spool=len(spooled), received=len(counts), twice=doubles, gaps=0, programs_left_attached=0)
+
+    def test_sigstop_under_load(self, tmp_path):
+        names, seconds = self.files(tmp_path, 5), length(2, 10)
+        spec = many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}), names)
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            with Load(*names, processes=2) as load:
+                time.sleep(0.5)
+                agent.process.send_signal(signal.SIGSTOP)
+                time.sleep(seconds)
+                agent.process.send_signal(signal.SIGCONT)
+                time.sleep(0.5)
+            code, output = agent.stop()
+        matched, passed, lost = totals(output)
+        count, told = logged((tmp_path / "log").read_text())
+        assert (code, matched, count, told, lost) == (0, load.opens, passed, 0, {})
+        figures(seconds_stopped=seconds, opens=load.opens, matched=matched, passed=passed, written=count, lost=0)
+
+    def test_memory_under_full_load(self, programs, tmp_path):
+        """Two processes at full rate, groups included; what Python holds does not grow with the events."""
+        n, seconds = length(150_000, 1_000_000), length(4, 600)
+        spec = a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log", "rotate": {"max_bytes": 100_000, "keep": 2, "gzip": True}})
+        spec["events"] = [{**spec["events"][0], "id": name, "rule": f"filename == '{tmp_path}/f'",
+                           "function": {"id": "sigma", "parameters": parameters}}
+                          for name, parameters in (("all", "frequency=100"), ("by", "frequency=3;by=pid,comm"))]
+        opens = 0
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            subprocess.run([programs["opens"], tmp_path / "f", "1000"], check=True)
+            time.sleep(1.2)
+            sizes, end = [resident_kib(agent.process.pid)], time.monotonic() + seconds
+            while time.monotonic() < end:
+                floods = [subprocess.Popen([programs["opens"], tmp_path / "f", str(n)]) for _ in range(2)]
+                assert [flood.wait(DEADLINE) for flood in floods] == [0, 0]
+                opens += 2 * n
+                sizes.append(resident_kib(agent.process.pid))
+            code, output = agent.stop()
+        matched, _, lost = totals(output)
+        assert (code, matched, lost) == (0, 2 * (opens + 1000), {})
+        assert max(sizes) - sizes[0] < 2048
+        figures(seconds=seconds, opens=opens + 1000, matched_by_each_of_two_filters=matched // 2, KiB_at_first=sizes[0],
+                KiB_at_most=max(sizes), KiB_at_last=sizes[-1])
+
+    def test_mutated_specs_and_rules(self):
+        """Each is accepted, and then has tables for the kernel and answers of this engine; or is refused with located errors."""
+        mutator = Mutator(random.Random(20261124))
+        outcomes = {"accepted": 0, "refused": 0}
+        slowest = 0.0
+        event = an_open()
+        for _ in range(length(3000, 100_000)):
+            data = mutator.spec()
+            begin = time.monotonic()
+            try:
+                spec = parse_spec(traceleft.parse_json(data))
+                traceleft.Tables(spec.filters)
+                for member in spec.filters:
+                    if member.rule is not None and member.event == "open":
+                        member.rule.matcher()(event)
+                outcomes["accepted"] += 1
+            except SpecError as error:
+                assert error.errors and all(error.errors), data
+                assert all(text.isprintable() for line in error.errors for text in line.split("\n")), data
+                outcomes["refused"] += 1
+            slowest = max(slowest, time.monotonic() - begin)
+        assert min(outcomes.values()) > 50 and slowest < 5
+        figures(**outcomes, tracebacks=0, slowest=f"{slowest * 1000:.0f} ms")
+
+
+class Mutator:
+    """Makes specs out of the examples: a few changes each, in the text, in the structure or in a rule."""
+
+    WORDS = ("and", "or", "not", "in", "==", "!=", "<", "<=", "(", ")", "[", "]", ",", "&", "|", "^", "~", "-", "'", '"', "\\", "%s",
+             "filename", "flags", "arg1", "arg9", "ret", "pid", "comm", "path", "exe", "saddr", "0", "-1", "1 << 3", "O_CREAT", "ENOENT",
+             "startswith(filename, '/')", "regex(filename, '(a+)+$')", "glob(comm, '[a-')", "'x' in comm", "net('10.0.0.0/8')", "lambda: 0",
+             "__import__('os')", "\x00", "\n", "\t", "é", "\udcff", "\u202e", "9" * 30, "1e9", "None", "True", "'" * 3, "{}", "f'{x}'", "#",
+             "filename.x", "x if y else z", "[i for i in x]", "print()", "a := 1", "*", "**", "@", ";", ":", "...")
+    VALUES = (None, True, False, 0, -1, 1.5, 1 << 70, "", "x", "\x00", "1", [], {}, [[]], [None], {"id": 1}, "file", "grpc", "otlp", "-", "open",
+              "close", "connect_v4", "frequency=0", "by=pid;threshold=9", "localhost:1", "\u202e\x1b[2J", "a" * 5000)
+
+    def __init__(self, source):
+        self.random = source
+        self.seeds = [json.loads(path.read_text()) for path in EXAMPLES]
+        assert self.seeds
+
+    def spec(self):
+        value = json.loads(json.dumps(self.random.choice(self.seeds)))
+        kind = self.random.randrange(4)
+        if kind == 0:
+            return self.bytes(json.dumps(value).encode())
+        for _ in range(self.random.randint(1, 3)):
+            self.rule(value) if kind > 1 else self.structure(value)
+        return json.dumps(value).encode()
+
+    def bytes(self, data):
+        """Some bytes changed, removed, doubled."""
+        data = bytearray(data)
+        for _ in range(self.random.randint(1, 5)):
+            at = self.random.randrange(len(data))
+            piece = self.random.choice((b"", bytes([self.random.randrange(256)]), bytes(data[at:at + 20]), b'"', b"{", b"]", b"\\u0000"))
+            data[at:at + self.random.randint(0, 3)] = piece
+        return bytes(data)
+
+    def rule(self, value):
+        """A rule's words exchanged, left out, put in."""
+        event = self.random.choice(value["events"])
+        words = re.findall(r"\w+|'[^']*'|\s+|.", event.get("rule", ""))
+        for _ in range(self.random.randint(1, 4)):
+            at = self.random.randint(0, len(words))
+            words[at:at + self.random.randint(0, 2)] = [self.random.choice((" ", "")) + self.random.choice(self.WORDS) + " "]
+        event["rule"] = "".join(words)
+
+    def structure(self, value):
+        """One member or element somewhere exchanged, left out, renamed or put in."""
+        places = []
+
+        def walk(at):
+            for key in list(at) if isinstance(at, dict) else range(len(at)):
+                places.append((at, key))
+                if isinstance(at[key], (dict, list)):
+                    walk(at[key])
+        walk(value)
+        if not places:
+            return
+        at, key = self.random.choice(places)
+        what = self.random.randrange(4)
+        if what == 0:
+            at[key] = self.random.choice(self.VALUES)
+        elif what == 1:
+            del at[key]
+        elif isinstance(at, dict):
+            at[key + "s" if what == 2 else self.random.choice(("id", "rule", "tls", "rotate", "spool", "format"))] = at[key]
+        else:
+            at.append(at[key])
 
 
 class TestTerminal:
