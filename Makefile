@@ -31,6 +31,9 @@ demo: $(VENV)/ok install-test ## collector, tracer and a shell loop that opens a
 test: $(VENV)/ok install-test lint bpf-check ## run every test, live ones included
 	$(Q)TRACELEFT_LIVE=1 $(PYTHON) -m pytest -q test_traceleft.py $(TEST_OPTIONS)
 
+soak: $(VENV)/ok install-test ## the long forms of the fault tests, with figures (about 40 minutes)
+	$(Q)TRACELEFT_SOAK=1 TRACELEFT_LIVE=1 $(PYTHON) -m pytest -q -s test_traceleft.py -k TestFaults $(SOAK_OPTIONS)
+
 lint: $(VENV)/ok ## ruff, and mypy --strict on traceleft.py
 	$(Q)$(VENV)/bin/ruff check .
 	$(Q)$(VENV)/bin/mypy --strict traceleft.py
@@ -116,4 +119,4 @@ man: ## show the manual page
 clean: ## remove what make has built, but not the BPF object
 	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ dist
 
-.PHONY: help run demo test lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test install uninstall man clean
+.PHONY: help run demo test soak lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test install uninstall man clean

@@ -2220,6 +2220,7 @@ class SpecParser:
         names = list(names)
         if name is None or name in names:
             return name
+        names = [escape(known) for known in names]
         self.error(path, f"unknown {what} '{escape(name)}'{suggest(name, names)}; known: {', '.join(names)}")
         return None
 
