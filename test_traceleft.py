@@ -5817,6 +5817,12 @@ class TestBadHosts:
         with pytest.raises(traceleft.HostError, match="no tracepoint syscalls/sys_exit_nosuchcall"):
             tracer.load()
 
+    @pytest.mark.parametrize("number, paranoid, hint", [(13, "3", True), (1, "4", True), (13, "2", False), (13, "", False), (2, "3", False)])
+    def test_debians_paranoia_is_named(self, monkeypatch, tmp_path, number, paranoid, hint):
+        (tmp_path / "paranoid").write_text(paranoid)
+        monkeypatch.setattr(traceleft, "PARANOID_PATH", tmp_path / "paranoid")
+        assert ("sysctl kernel.perf_event_paranoid=2" in traceleft.attach_hint(OSError(number, ""))) == hint
+
     @pytest.mark.parametrize("data, message", [(None, "copy the folder bpf/"), (b"junk", "is not a usable BPF object"),
                                                (b"", "is not a usable BPF object")])
     def test_object_missing_or_corrupt(self, tmp_path, data, message):

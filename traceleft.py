@@ -26,6 +26,7 @@ if __name__ == "__main__":  # the imports below take a tenth of a second: a sign
     import signal
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(0))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # logrotate's: there is no file to open again yet
 
 import argparse
 import ast
@@ -5577,8 +5578,8 @@ class Tracer:
             try:
                 self.links.append(self.attach_one(attachment))
             except OSError as error:
-                raise HostError(f"cannot attach to {attachment.place}: {error.strerror}{self.bpf.log_tail(3)}"
-                                ) from None
+                raise HostError(f"cannot attach to {attachment.place}: {error.strerror}{attach_hint(error)}"
+                                f"{self.bpf.log_tail(3)}") from None
         if any(attachment.program == "tcp_state" for attachment in self.attached):
             self.find_owners()
 
@@ -5824,6 +5825,21 @@ def load_hint(error: OSError) -> str:
         errno.ENOMEM: ": not enough memory; try a smaller --ring-size",
         errno.ESRCH: ": its BTF lacks a type that the object needs",
     }.get(error.errno or 0, "")
+
+
+PARANOID_PATH = Path("/proc/sys/kernel/perf_event_paranoid")
+
+
+def attach_hint(error: OSError) -> str:
+    """The likely cause when a tracepoint cannot be attached to."""
+    try:
+        paranoid = int(PARANOID_PATH.read_text())
+    except (OSError, ValueError):
+        return ""
+    if error.errno not in (errno.EACCES, errno.EPERM) or paranoid <= 2:
+        return ""
+    return (f": kernel.perf_event_paranoid is {paranoid}, and above 2, which is only on kernels such as Debian's, it "
+            "takes CAP_SYS_ADMIN: run it as root, or sysctl kernel.perf_event_paranoid=2")
 
 
 # ======================================================================================================================

@@ -33,6 +33,7 @@ if sys.version_info < (3, 9):
     sys.exit(3)
 for number in (signal.SIGINT, signal.SIGTERM):  # as traceleft.py does when it is the program
     signal.signal(number, lambda *_: os._exit(0))
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 import traceleft
 
