@@ -480,6 +480,8 @@ class TestEventTable:
         ("aarch64", "fork", ["clone"]),
         ("aarch64", "dup2", ["dup3"]),
         ("x86_64", "fchmodat", ["fchmodat", "fchmodat2"]),
+        ("x86_64", "mknod", ["mknod", "mknodat"]),
+        ("aarch64", "mknod", ["mknodat"]),
     ])
     def test_a_name_covers_what_libc_calls_on_an_architecture(self, monkeypatch, machine, event, names):
         monkeypatch.setattr(platform, "machine", lambda: machine)

@@ -369,16 +369,17 @@ def camel_case(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-SYSCALL_WORD = re.compile(r"(?P<name>\w+)(?P<in>!(?P<cwd>\d*))?(@(?P<dfd>\d))?(\[(?P<reg>\d)=(?P<value>\d+)\])?"
+SYSCALL_WORD = re.compile(r"(?P<name>\w+)((?P<mark>[!~])(?P<cwd>\d*))?(@(?P<dfd>\d))?(\[(?P<reg>\d)=(?P<value>\d+)\])?"
                           r"(:(?P<sources>\S+))?")
 
 
 def parse_syscall(word: str, arguments: int) -> Syscall:
-    """`NAME`, `NAME!`: instead of it, `!0`: with AT_FDCWD in register 0, `@0`: dfd, `[2=0]`: condition, `:SOURCES`."""
+    """`NAME`, and `!`: only where the event's own is lacking, `!0`: with AT_FDCWD in register 0, `~0`: so everywhere,
+    `@0`: dfd, `[2=0]`: condition, `:SOURCES`."""
     match = SYSCALL_WORD.fullmatch(word)
     assert match, word
     sources = match["sources"].split(",") if match["sources"] else [str(i) for i in range(arguments)]
-    return Syscall(match["name"], tuple(sources), match["in"] is not None, tuple(map(int, match["cwd"] or "")),
+    return Syscall(match["name"], tuple(sources), match["mark"] == "!", tuple(map(int, match["cwd"] or "")),
                    int(match["dfd"]) if match["dfd"] else None,
                    (int(match["reg"]), int(match["value"])) if match["reg"] else None)
 
@@ -475,7 +476,7 @@ EVENT_ROWS = (
     ("symlinkat",   "target:string newdfd:dfd linkpath:path"),
     ("readlink",    "pathname:path buf:filled bufsiz:int",                   "readlink readlinkat!0:1,2,3"),
     ("readlinkat",  "dfd:dfd pathname:path buf:filled bufsiz:int"),
-    ("mknod",       "filename:path mode:mode dev:uint",                      "mknod mknodat!0:1,2,3"),
+    ("mknod",       "filename:path mode:mode dev:uint",                      "mknod mknodat~0:1,2,3"),  # glibc >= 2.33
     ("mknodat",     "dfd:dfd filename:path mode:mode dev:uint"),
     ("access",      "filename:path mode:int",                                "access faccessat!0:1,2"),
     ("faccessat",   "dfd:dfd filename:path mode:int",                        "faccessat faccessat2"),
