@@ -815,10 +815,21 @@ class TestRegex:
         assert not regex.search("a" * 4095 + "!")
         assert len(steps) < 20 + 4096  # re would take longer than the universe has existed
 
-    def test_the_cache_is_bounded(self):
-        regex = traceleft.Regex("^.*[^x]{3}$")
-        regex.search("".join(map(chr, range(100, 20000))))
-        assert len(regex.cache) <= traceleft.MAX_REGEX_CACHE
+    @pytest.mark.parametrize("pattern", ["a.{200}b$", "(a|b)*a(a|b){200}c", "(\\w*\\d){100}!", "((a|b|ab)+.?){20}c"])
+    def test_no_text_costs_much(self, pattern):
+        """Of texts of 4,096 characters of which none is like another, each takes a few milliseconds at most."""
+        regex, source, times = traceleft.Regex(pattern), random.Random(1), []
+        for _ in range(5):
+            text = "".join(source.choices("ab1", k=4096))
+            begin = time.perf_counter()
+            assert not regex.search(text)
+            times.append(time.perf_counter() - begin)
+        assert min(times) < 0.05
+
+    def test_the_caches_are_bounded(self):
+        regex = traceleft.Regex("^.*[^x]{3}$|(y|z).{20}!")
+        regex.search("".join(map(chr, range(100, 20000))) + "".join(random.Random(1).choices("yz", k=30000)))
+        assert len(regex.cache) <= traceleft.MAX_REGEX_CACHE and len(regex.chars) <= traceleft.MAX_REGEX_CACHE
 
 
 class TestSigma:

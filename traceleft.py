@@ -1584,7 +1584,9 @@ def parse_regex(pattern: str) -> Any:
 class Regex:
     """`re.search` as a boolean, by simulating all alternatives at once (K. Thompson, 1968), with the steps cached.
 
-    Backtracking, as `re` does it, takes exponential time on patterns such as (a+)+$ and hostile text. Raises
+    Backtracking, as `re` does it, takes exponential time on patterns such as (a+)+$ and hostile text. The alternatives
+    are a set of edges that read a character, which is an integer of one bit each, so that a step that is not in the
+    cache is a few shifts: edges of a pattern mostly lead to their neighbours. Raises
     ValueError for what is no regular expression in the strict sense (backreferences, lookaround) and for \\b, flags,
     and patterns of more than MAX_REGEX_STATES characters once {m,n} is written out.
     """
@@ -1596,8 +1598,9 @@ class Regex:
         self.free: List[List[int]] = [[]]                    # state -> states reached without reading
         self.guarded: List[List[Tuple[int, int]]] = [[]]     # state -> (assertion, state)
         self.reading: List[List[Tuple[CharTest, int]]] = [[]]  # state -> (test of a character, state)
-        self.cache: Dict[Tuple[FrozenSet[int], str, int], FrozenSet[int]] = {}
+        self.tests: Dict[str, CharTest] = {}                 # by what they test, so that each is made once
         self.final = self.build(tree, 0)
+        self.number_edges()
 
     def state(self) -> int:
         if len(self.free) >= MAX_REGEX_STATES:
@@ -1626,9 +1629,30 @@ class Regex:
                 start = end
             else:
                 end = self.state()
-                self.reading[start].append((char_test(name, value), end))
+                self.reading[start].append((self.tests.setdefault(f"{name} {value}", char_test(name, value)), end))
                 start = end
         return start
+
+    def number_edges(self) -> None:
+        """From here on a set of edges is an integer, a bit each; what follows an edge is so many bits away from it."""
+        edges = [(state, test, target) for state, found in enumerate(self.reading) for test, target in found]
+        self.targets = [target for _, _, target in edges]
+        self.leaving = [0] * len(self.reading)                  # state -> the edges that begin there
+        self.readers: Dict[CharTest, int] = dict.fromkeys(self.tests.values(), 0)  # test -> the edges that have it
+        for number, (state, test, _) in enumerate(edges):
+            self.leaving[state] |= 1 << number
+            self.readers[test] |= 1 << number
+        self.start, _ = self.enter((0,), 0)                     # where a match can begin, which is anywhere
+        self.accepting = 0                                      # the edges that complete a match
+        moves: Dict[int, int] = collections.defaultdict(int)    # distance -> the edges that it leads from
+        for number, target in enumerate(self.targets):
+            following, accepts = self.enter((target,), 0)
+            self.accepting |= accepts << number
+            for bit in bits_of(following):
+                moves[bit - number] |= 1 << number
+        self.moves = tuple(moves.items())
+        self.chars: Dict[str, int] = {}   # character -> the edges that read it
+        self.cache: Dict[int, int] = {}   # edges that have read -> edges that may read next
 
     def repeat(self, least: int, most: int, tree: Any, start: int) -> int:
         """Adds the tree `least` to `most` times; `most` is a constant of re's parser when there is no limit."""
@@ -1661,29 +1685,66 @@ class Regex:
                     pending.append(target)
         return frozenset(seen)
 
-    def step(self, states: FrozenSet[int], c: str, position: int) -> FrozenSet[int]:
-        key = (states, c, position)
-        after = self.cache.get(key)
-        if after is None:
-            if len(self.cache) >= MAX_REGEX_CACHE:
-                self.cache.clear()
-            reached = {target for at in states for test, target in self.reading[at] if test(c)}
-            after = self.cache[key] = self.closure(reached | {0}, position)  # 0: a match can begin anywhere
-        return after
+    def enter(self, states: Iterable[int], position: int) -> Tuple[int, bool]:
+        """The edges that may read next, and whether a match is complete."""
+        reached, edges = self.closure(states, position), 0
+        for state in reached:
+            edges |= self.leaving[state]
+        return edges, self.final in reached
+
+    def classify(self, c: str) -> int:
+        """The edges that read the character."""
+        if len(self.chars) >= MAX_REGEX_CACHE:
+            self.chars.clear()
+        edges = 0
+        for test, readers in self.readers.items():
+            if test(c):
+                edges |= readers
+        self.chars[c] = edges
+        return edges
+
+    def step(self, active: int) -> int:
+        """The edges that may read after these have read, where no assertion holds."""
+        edges = self.start
+        for distance, leaving in self.moves:
+            moving = active & leaving
+            if moving:
+                edges |= moving << distance if distance >= 0 else moving >> -distance
+        if len(self.cache) >= MAX_REGEX_CACHE:
+            self.cache.clear()
+        self.cache[active] = edges
+        return edges
 
     def search(self, text: str) -> bool:
         last = len(text)
         newline = last - 1 if text.endswith("\n") else last
-        states = self.closure((0,), ASSERT_BEGIN | self.end_assertions(0, last, newline))
+        edges, found = self.enter((0,), ASSERT_BEGIN | self.end_assertions(0, last, newline))
         for position, c in enumerate(text, 1):
-            if self.final in states:
+            if found:
                 return True
-            states = self.step(states, c, self.end_assertions(position, last, newline) if position >= newline else 0)
-        return self.final in states
+            readers = self.chars.get(c)
+            active = edges & (self.classify(c) if readers is None else readers)
+            if position >= newline:
+                targets = [self.targets[edge] for edge in bits_of(active)]
+                edges, found = self.enter((0, *targets), self.end_assertions(position, last, newline))
+                continue
+            if active & self.accepting:
+                return True
+            following = self.cache.get(active)
+            edges = self.step(active) if following is None else following
+        return found
 
     @staticmethod
     def end_assertions(position: int, last: int, newline: int) -> int:
         return (ASSERT_END if position == last else 0) | (ASSERT_LINE_END if position in (last, newline) else 0)
+
+
+def bits_of(number: int) -> Iterator[int]:
+    """The places of the bits that are set."""
+    while number:
+        lowest = number & -number
+        yield lowest.bit_length() - 1
+        number ^= lowest
 
 
 def char_test(name: str, value: Any) -> CharTest:
