@@ -189,6 +189,36 @@ C_PROGRAMS = {
             return 0;
         }
     """,
+    # waits for its standard input to end, then makes N processes, children and theirs, that open a file each: forks PATH N
+    "forks": r"""
+        #include <fcntl.h>
+        #include <stdlib.h>
+        #include <sys/prctl.h>
+        #include <sys/wait.h>
+        #include <unistd.h>
+        int main(int argc, char **argv)
+        {
+            char byte;
+            prctl(PR_SET_CHILD_SUBREAPER, 1);  /* wait() waits for orphans as well */
+            while (read(0, &byte, 1) > 0)
+                ;
+            for (long left = atol(argv[2]); left > 0; left -= 2) {
+                pid_t child = fork();
+                if (child == 0) {
+                    fork();
+                    _exit(open(argv[1], O_WRONLY | O_CREAT, 0666) < 0);
+                }
+                if (child < 0 || left % 100 == 0)
+                    while (wait(0) > 0)
+                        ;
+                if (child < 0)
+                    left += 2;
+            }
+            while (wait(0) > 0)
+                ;
+            return 0;
+        }
+    """,
     # waits for its standard input to end, then makes each call once, in an empty directory: calls DIRECTORY
     "calls": r"""
         #define _GNU_SOURCE
@@ -5885,6 +5915,112 @@ class TestBadHosts:
 
     def test_the_log_of_libbpf_is_shown_with_v(self):
         assert "libbpf:" in run("trace", "mkdir", "--duration", "0.2", "-v").stderr
+
+
+class TestHostile:
+    """Programs that want to forge records, to stall the tracer or to make it grow."""
+
+    pytestmark = live
+
+    NAMES = [b"a\nCOUNT: 9\nEVENT: {x}", b"\x1b]0;x\x07\x1b[2J", b"\xff\xfe", b'"}, {"count": 9}', "\u202egpj".encode(), b"\\n\\", b"'", b"\x7f\r",
+             "\u009b2J".encode(), b"\x01" * 255, "\U000e0041".encode()]
+
+    def test_names_can_forge_nothing(self, generated, tmp_path):
+        """Each name through every kind of channel and printed, by a process whose own name is hostile as well."""
+        paths = [os.fsencode(tmp_path) + b"/" + name for name in self.NAMES]
+        with ProtoServer(generated) as server:
+            spec = a_spec(name="mkdir")
+            spec["channels"] = [{"id": kind, "type": "file", "path": f"{tmp_path}/{kind}.log"} for kind in ("text", "json")]
+            spec["channels"].append({"id": "collector_spec_pb", "type": "grpc", "path": f"localhost:{server.port}"})
+            spec["events"] = [{**spec["events"][0], "channel": kind, "rule": f"pathname == {os.fsdecode(path)!r}",
+                               "output": {"metrics": "alerts_per_sec", "format": kind}}
+                              for path in paths for kind in ("text", "json", "collector_spec_pb")]
+            code = f"""if True:
+                import os
+                open("/proc/self/comm", "wb").write(b'c\\n"\\x1b[2J')
+                input()
+                for path in {paths!r}:
+                    os.mkdir(path)"""
+            maker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+            with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--collector-insecure", "--summary", "-") as agent, \
+                    Agent("trace", f"{maker.pid}:mkdir") as printer:
+                maker.communicate(b"\n", timeout=DEADLINE)
+                wait_until(lambda: all(os.path.isdir(path) for path in paths), "the directories")
+                code, output = agent.stop()
+                _, printed = printer.stop()
+        count = len(paths)
+        assert code == 0 and totals(output) == (3 * count, 3 * count, {})
+        text = (tmp_path / "text.log").read_text()
+        blocks = text.split("\n\n")[:-1]
+        assert len(blocks) == count and all(re.fullmatch(r"COUNT: 1\nEVENT: \{.*\} Pathname \".*\" Mode 511", block) for block in blocks)
+        records = [json.loads(line) for line in (tmp_path / "json.log").read_text().splitlines()]
+        assert {os.fsencode(record["sample"]["args"]["pathname"]) for record in records} == set(paths)
+        assert {(record["count"], record["sample"]["comm"]) for record in records} == {(1, 'c\n"\x1b[2J')}
+        assert {metric.MkdirEvent.pathname for metric in server.metrics} == set(paths)
+        assert {(metric.Count, metric.CommonEvent.Comm) for metric in server.metrics} == {(1, b'c\n"\x1b[2J')}
+        lines = printed.splitlines()
+        assert len(lines) == count and all(line.startswith("name mkdir pid ") for line in lines)
+        for shown in (text, (tmp_path / "json.log").read_text(), printed, *agent.stderr):
+            assert all(c.isprintable() or c == "\n" for c in shown)
+
+    def test_a_slow_rule_holds_up_neither_other_filters_nor_the_end(self, tmp_path):
+        """A rule that takes a fifth of a second for each event, beside one that the kernel evaluates."""
+        slow = " or ".join(f"regex(filename, '(a|b)*a(a|b){{{200 + number}}}c')" for number in range(25))
+        text = "".join(random.Random(1).choices("ab", k=4000 - len(str(tmp_path))))
+        begin = time.perf_counter()
+        assert not matches(slow, an_open(text))
+        events = min(max(int(3 / (time.perf_counter() - begin)), 10), 1000)
+        spec = a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"})
+        spec["events"] = [{**spec["events"][0], "id": "slow", "rule": f"startswith(filename, '{tmp_path}/') and ({slow} or endswith(filename, 'ab'))"},
+                          {**spec["events"][0], "id": "quick", "name": "mkdir", "rule": f"startswith(pathname, '{tmp_path}/')"}]
+        opens = f"""if True:
+            import os, random
+            source = random.Random(2)
+            for number in range({events}):
+                try: os.open({str(tmp_path)!r} + "/" + "".join(source.choices("ab", k={len(text)})) + "ab", 0)
+                except OSError: pass"""
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            subprocess.run([sys.executable, "-c", opens], check=True)
+            for number in range(15):
+                (tmp_path / str(number)).mkdir()
+                time.sleep(0.15)
+            code, output = agent.stop(signal.SIGTERM)
+        rows = {row["id"]: row["matched"] for row in json.loads(output)["filters"]}
+        assert (code, rows) == (0, {"slow": events, "quick": 15})
+        quick = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if '"quick"' in line]
+        assert len(quick) >= 3  # one a second, as ever
+
+    def test_a_fork_bomb_is_counted_and_followed(self, programs, tmp_path):
+        bomb = subprocess.Popen([programs["forks"], tmp_path / "f", "3000"], stdin=subprocess.PIPE)
+        spec = a_spec(f"filename == '{tmp_path}/f'", "by=pid", channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"})
+        spec = write_spec(tmp_path / "spec", spec)
+        with Agent("trace", "--spec", spec, "--follow", f"{bomb.pid}:open", "--summary", "-") as agent:
+            before = resident_kib(agent.process.pid)
+            bomb.communicate(timeout=DEADLINE)
+            assert bomb.returncode == 0
+            grown = resident_kib(agent.process.pid) - before
+            code, output = agent.stop()
+        assert (code, *totals(output)) == (0, 3000, 3000, {}) and grown < 1024
+        assert logged((tmp_path / "log").read_text()) == (3000, 0)
+
+    @pytest.mark.skipif(not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK), reason="cannot choose the next pid")
+    def test_a_reused_pid_is_another_process(self, tmp_path):
+        ended = subprocess.Popen(["sleep", "100"])
+        other = subprocess.Popen(["bash"], stdin=subprocess.PIPE, text=True)
+        with Agent("trace", f"{ended.pid},{other.pid}:mkdir") as agent:
+            ended.kill()
+            ended.wait()
+            time.sleep(0.3)  # the kernel frees it a moment later, see forget_process
+            for _ in range(200):
+                Path("/proc/sys/kernel/ns_last_pid").write_text(str(ended.pid - 1))
+                again = subprocess.Popen(["mkdir", "-p", tmp_path / "again"])
+                again.wait(DEADLINE)
+                if again.pid == ended.pid:
+                    break
+            assert again.pid == ended.pid
+            other.communicate(f"exec mkdir {tmp_path}/other", timeout=DEADLINE)
+            _, output = agent.stop()
+        assert re.findall(r'Pathname "([^"]*)"', output) == [f"{tmp_path}/other"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
