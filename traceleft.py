@@ -4031,7 +4031,7 @@ class GrpcChannel(Channel):
         self.insecure = insecure
         self.owners: List[Account] = []
         self.owner_numbers: Dict[Account, int] = {}
-        self.backlog = Backlog(Spool(os.path.join(spec.spool.dir, self.spool_part), spec.spool.max_bytes)
+        self.backlog = Backlog(Spool(os.path.join(spec.spool.dir, self.spool_part).rstrip("/"), spec.spool.max_bytes)
                                if spec.spool is not None else None)
         self.agent = wire_text(f"{uuid.uuid4()}/{spec.id}")  # of this run: what is sent again can be told from new
         self.sequence = 0
