@@ -989,6 +989,7 @@ class TestSpec:
         (lambda s: edit(s, "channels", rotate={"max_bytes": 1, "keep": 0, "gzip": "yes"}), [
             "gzip: expected a boolean, not a string", "max_bytes: expected an integer from 4096 to", "keep: expected an integer from 1"]),
         (lambda s: edit(s, "channels", rotate={"max_bytes": True}), ["max_bytes: expected an integer, not a boolean"]),
+        (lambda s: edit(s, "channels", path="-", rotate={"max_bytes": 10000}), ["channels[0].rotate: stdout cannot be rotated"]),
         (lambda s: edit(s, "channels", tls={}), ["channels[0].tls: unknown key; known: id, type, path, format, rotate"]),
         (lambda s: grpc_channel(s, tls={"cert": "c"}, gzip=1), ["gzip: expected a boolean", "tls: 'cert' and 'key' belong"]),
         (lambda s: grpc_channel(s, tls={"ca": ""}, spool={}), ["tls.ca: expected a text that is not empty", "spool: 'dir' is missing"]),
@@ -2228,6 +2229,35 @@ class TestGrpcChannel:
         aggregator = self.run_seconds(port, 0, spec)
         assert not len(aggregator.channels["1"].backlog)  # and nothing of it a second time
         aggregator.close()
+
+    def test_what_a_spool_sends_again_counts_once(self, tmp_path):
+        """The agent was killed after the acknowledgement and before it had noted that."""
+        spec = grpc_spec(1, {"spool": {"dir": f"{tmp_path}/spool"}})
+        collector = traceleft.Collector("127.0.0.1:0")
+        spec["channels"][0]["path"] = f"127.0.0.1:{collector.port}"
+        try:
+            self.run_seconds(None, 3, spec).close()
+            (tmp_path / "spool/cursor").write_bytes(b"")
+            aggregator = self.run_seconds(None, 1, spec)
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 2, "the new alert, behind the old ones")
+            aggregator.close()
+            assert aggregator.channels["1"].sends == 4 and list(collector.snapshot().values()) == [(8, 4)]
+        finally:
+            collector.stop()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    def test_a_spool_is_not_where_another_user_put_it(self, tmp_path):
+        (tmp_path / "shared").mkdir()
+        (tmp_path / "shared").chmod(0o1777)
+        (tmp_path / "real").mkdir()
+        (tmp_path / "shared/link").symlink_to(tmp_path / "real")
+        os.lchown(tmp_path / "shared/link", 1, 1)
+        (tmp_path / "shared/theirs").mkdir()
+        os.chown(tmp_path / "shared/theirs", 1, 1)
+        for path in ("link", "link/spool", "theirs"):
+            with pytest.raises(traceleft.TraceleftError, match="another user's"):
+                Aggregator(grpc_spec(1, {"spool": {"dir": f"{tmp_path}/shared/{path}"}}), insecure=True)
+        assert not list((tmp_path / "real").iterdir())
 
     def test_a_spool_that_is_full_overflows_into_memory(self, generated, tmp_path, monkeypatch):
         monkeypatch.setattr(traceleft, "MAX_QUEUE_BYTES", 20_000)

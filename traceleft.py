@@ -2303,6 +2303,8 @@ class SpecParser:
         for name, record in objects.items():
             if name in members:
                 members[name] = self.option(name, members[name], f"{path}.{name}", record)
+        if members.get("path") == "-" and "rotate" in members:
+            self.error(f"{path}.rotate", "stdout cannot be rotated")
         if members.get("token_file") == "":
             self.error(f"{path}.token_file", "expected a text that is not empty")
         if members.get("id") == "":
@@ -3357,6 +3359,15 @@ FILE_FORMATS: Dict[str, Callable[[Alert], str]] = {
 }
 
 
+class Waiting(NamedTuple):
+    """One record that is to be written, and who is told of its outcome."""
+
+    account: Account
+    events: int  # the alert's count
+    lost: int
+    data: bytes
+
+
 class FileChannel(Channel):
     """Appends each alert to a file with one write. What cannot be written waits, in order and in bounded memory."""
 
@@ -3366,7 +3377,7 @@ class FileChannel(Channel):
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
         super().__init__(spec, accounts)
-        self.waiting: Deque[Tuple[Alert, bytes]] = collections.deque()
+        self.waiting: Deque[Waiting] = collections.deque()
         self.waiting_bytes = 0
         self.failing = False
         self.writes = self.failures = self.reopened = 0
@@ -3397,12 +3408,12 @@ class FileChannel(Channel):
                 "failures": self.failures, "reconnects": self.reopened}
 
     def send(self, alert: Alert) -> None:
+        account = self.accounts[alert.filter.id]
         data = FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace")
         if self.waiting_bytes + len(data) > MAX_QUEUE_BYTES or self.ended:
-            self.accounts[alert.filter.id].lose_alert("write_failed" if self.ended else "queue_full", alert.count,
-                                                      alert.lost)
+            account.lose_alert("write_failed" if self.ended else "queue_full", alert.count, alert.lost)
             return
-        self.waiting.append((alert, data))
+        self.waiting.append(Waiting(account, alert.count, alert.lost, data))
         self.waiting_bytes += len(data)
         if not self.failing:  # else flush() tries, once a tick
             self.flush()
@@ -3411,11 +3422,11 @@ class FileChannel(Channel):
         """Writes what waits."""
         try:
             while self.waiting:
-                self.write(self.waiting[0][1])
-                alert, data = self.waiting.popleft()
-                self.waiting_bytes -= len(data)
+                self.write(self.waiting[0].data)
+                written = self.waiting.popleft()
+                self.waiting_bytes -= len(written.data)
                 self.writes += 1
-                self.accounts[alert.filter.id].deliver(alert.count)
+                written.account.deliver(written.events)
         except OSError as error:
             self.failures += 1
             if not self.failing:
@@ -3485,8 +3496,8 @@ class FileChannel(Channel):
         """What could not be written until the end."""
         if self.waiting:
             say(f"{self.name}: {len(self.waiting)} records could not be written and are lost")
-        for alert, _ in self.waiting:
-            self.accounts[alert.filter.id].lose_alert("write_failed", alert.count, alert.lost)
+        for record in self.waiting:
+            record.account.lose_alert("write_failed", record.events, record.lost)
         self.waiting.clear()
         self.waiting_bytes = 0
 
@@ -3526,9 +3537,8 @@ class StdoutChannel(FileChannel):
 
     def keep(self, left: bytes) -> None:
         """Of the first record this much is not written yet."""
-        alert, data = self.waiting[0]
-        self.waiting[0] = alert, left
-        self.waiting_bytes -= len(data) - len(left)
+        self.waiting_bytes -= len(self.waiting[0].data) - len(left)
+        self.waiting[0] = self.waiting[0]._replace(data=left)
 
     def reopen(self) -> None:
         pass
@@ -3734,21 +3744,41 @@ def read_spooled(data: bytes) -> Iterator[Tuple[int, Queued]]:
         yield offset, Queued(owner, events, lost, body[SPOOL_BODY.size:])
 
 
-def check_spool_directory(path: str) -> None:
-    """Raises OSError when the directory cannot be made, or when others could write to it."""
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        parent = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(parent):
-            raise
-        if not os.access(parent, os.W_OK | os.X_OK, effective_ids=True):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        return
+def check_spool(found: os.stat_result) -> None:
+    """Raises OSError when others could write to the directory."""
     if not stat.S_ISDIR(found.st_mode):
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(errno.EACCES, "it is another user's, or others can write to it: chmod 700")
+
+
+def check_spool_path(path: str) -> None:
+    """Raises OSError when open_spool() would fail; nothing is made."""
+    parent, _, found = open_parent(path.rstrip("/"))
+    try:
+        if found is not None:
+            check_spool(found)
+        elif not os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    finally:
+        os.close(parent)
+
+
+def open_spool(path: str) -> int:
+    """A descriptor of the directory, which is made with mode 0700 when it is missing. Raises OSError."""
+    parent, name, found = open_parent(path)
+    try:
+        if found is None:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            check_spool(os.fstat(directory))
+        except OSError:
+            os.close(directory)
+            raise
+        return directory
+    finally:
+        os.close(parent)
 
 
 def sync_and_close(fd: int) -> None:
@@ -3779,10 +3809,7 @@ class Spool:
 
     def open(self) -> None:
         """Takes over what an earlier run has left behind. Raises OSError."""
-        check_spool_directory(self.path)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(self.path, 0o700)
-        self.directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.directory = open_spool(self.path)
         self.lock = os.open("lock", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4062,7 +4089,7 @@ class GrpcChannel(Channel):
                 read_token(token)
             what = f"cannot use spool.dir {escape(self.spec.spool.dir)}" if self.spec.spool else ""
             if self.spec.spool:
-                check_spool_directory(self.spec.spool.dir)
+                check_spool_path(self.spec.spool.dir)
         except OSError as error:
             return f"channel '{escape(self.spec.id)}': {what}: {error.strerror}"
         return None
@@ -4082,8 +4109,7 @@ class GrpcChannel(Channel):
     def open_spool(self, spool: Spool) -> None:
         try:
             if self.spool_part:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(os.path.dirname(spool.path), 0o700)
+                os.close(open_spool(os.path.dirname(spool.path)))
             spool.open()
         except OSError as error:
             raise OSError(error.errno, f"cannot use spool.dir {escape(spool.path)}: {error.strerror}") from None
@@ -7011,7 +7037,8 @@ def schema_channel() -> Dict[str, Any]:
               for kind, options in CHANNEL_OPTIONS.items()}
     return {**channel, "allOf": [
         schema_when("type", "grpc", {"path": {"pattern": ":[0-9]{1,5}$"}, **dict(sorted(others["grpc"].items()))}),
-        schema_when("type", "file", {"format": False, **dict(sorted(others["file"].items()))})]}
+        schema_when("type", "file", {"format": False, **dict(sorted(others["file"].items()))}),
+        schema_when("path", "-", {"rotate": False})]}
 
 
 OPTION_DESCRIPTIONS = {
