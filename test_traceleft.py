@@ -2910,6 +2910,7 @@ class TestKernelSide:
         ("text", traceleft.TEXT, "vector:I literal:I"),
         ("filter", traceleft.FILTER, "frequency:Q threshold:Q flags:I max_groups:I fields:I by_count:I processing:I "
          "seconds:I by:24s by_text:24s"),
+        ("filter_state", traceleft.FILTER_STATE, "group:16s sampled:I groups:I reserved:40x"),
         ("filter_counts", traceleft.FILTER_COUNTS, "matched:Q passed:Q folded:Q submitted:Q ring_full:Q reserved:24x"),
     ])
     def test_tables(self, btf, name, packed, fields):
@@ -5549,6 +5550,95 @@ class TestCollector:
         done = run("collect", "--listen", "nowhere")
         assert done.returncode == 2
         assert done.stderr.startswith("traceleft: --listen: expected HOST:PORT")
+
+
+class TestEstimate:
+    def found(self, events=1000, matched=10, passed=0, alerts=0, peak=10, groups=None, reasons=(), **spec):
+        account = traceleft.Account("f", "open")
+        account.matched, account.passed, account.alerts = matched, passed, alerts
+        (member,) = parse_spec(a_spec(**{"rule": "uid == 0", **spec})).filters
+        return traceleft.FilterEstimate(member, events, account, peak, groups, 16384, None, reasons)
+
+    @pytest.mark.parametrize("figures, warnings", [
+        ({"passed": 10}, []), ({"events": 0, "matched": 0}, ["no open event came"]),
+        ({"matched": 0}, ["the rule matched none of 1000 events"]),
+        ({"events": 10, "passed": 10}, ["the rule matched every one of 10 events"]),
+        ({"events": 10, "passed": 10, "rule": ""}, []),
+        ({"parameters": "threshold=10"}, ["threshold=10 held back everything: no second had more than 10 matching events"]),
+        ({"parameters": "threshold=9"}, []),
+        ({"parameters": "frequency=11"}, ["frequency=11 let nothing through: only 10 events matched"]),
+        ({"passed": 10, "parameters": "by=uid", "groups": 16384}, ["by: 16384 groups are as many as there can be; all later ones "
+                                                                   "are counted as one"]),
+        ({"passed": 10, "reasons": ("regex()", "regex()")}, ["the rule needs Python, for regex(): what the kernel cannot rule out "
+                                                             "crosses the ring buffer"]),
+    ])
+    def test_warnings(self, figures, warnings):
+        assert list(self.found(**figures).warnings()) == warnings
+
+    def test_columns(self):
+        assert self.found(events=3000, matched=30, passed=3, alerts=2, groups=7).columns(2.0, 2) == [
+            "open-0", "open", "1500", "15", "1%", "1.5", "1", "7", "-"]
+
+    @pytest.mark.parametrize("count, shown", [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (23_456_789, "23.5 MB"), (4e15, "4e+03 TB")])
+    def test_bytes(self, count, shown):
+        assert traceleft.format_bytes(count) == shown
+
+    @live[0]
+    @live[1]
+    def test_of_a_live_host(self, programs, tmp_path, generated):
+        """Exact counts; and weights that are those of what would have been sent, of which nothing is."""
+        n, path = 20_000, f"{tmp_path}/f"
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["channels"] += [{"id": "2", "type": "grpc", "path": "localhost:1"}, {"id": "3", "type": "grpc", "path": "localhost:1", "format": "otlp"}]
+        spec["events"] = [{**spec["events"][0], "id": name, "rule": rule, "function": {"id": "sigma", "parameters": parameters}, **more}
+                          for name, rule, parameters, more in (
+                              ("kernel", f"filename == '{path}'", "frequency=100", {}), ("grouped", f"filename == '{path}'", "by=ret,uid", {}),
+                              ("python", f"regex(filename, '^{path}$')", "by=filename", {}), ("none", f"filename == '{path}x'", "", {}),
+                              ("over grpc", f"filename == '{path}'", "", {"channel": "2", "output": {"metrics": "alerts_per_sec", "format": "collector_spec_pb"}}),
+                              ("as otlp", f"filename == '{path}'", "", {"channel": "3", "output": {"metrics": "alerts_per_sec", "format": "otlp"}}))]
+        estimate = traceleft.Estimate(parse_spec(spec))
+
+        def load():
+            wait_until(lambda: estimate.counting.tracer.links, "it has attached")
+            subprocess.run([programs["opens"], path, str(n)], check=True)
+            wait_until(lambda: estimate.counting.seconds or not thread_runs, "the counts are through")
+            while not estimate.timing.times and thread_runs:
+                subprocess.run([programs["opens"], path, "1000"], check=True)
+
+        thread_runs, thread = [1], threading.Thread(target=load)
+        thread.start()
+        try:
+            with traceleft.StopSignals() as stop:
+                estimate.run(2.0, stop)
+        finally:
+            thread_runs.clear()
+            thread.join(DEADLINE)
+        found = {row.spec.id: row for row in estimate.filters()}
+        assert {name: row.account.matched for name, row in found.items()} == {**dict.fromkeys(found, n), "none": 0}
+        assert found["kernel"].account.passed == n // 100 and found["kernel"].events >= n
+        assert {name: row.groups for name, row in found.items()} == {**dict.fromkeys(found), "grouped": 1, "python": 1}
+        assert all(10 < row.added_ns < 100_000 for row in found.values())
+        assert found["kernel"].peak <= n
+        lines = list(estimate.report())
+        assert lines[1].split() == list(traceleft.ESTIMATE_COLUMNS) and "kernel: sys_exit runs" in "\n".join(lines)
+        for name, least in (("1", 300), ("2", 100), ("3", 400)):  # a JSON object; a Metric; metrics and a log record
+            scale = estimate.scales[name]
+            assert scale.records >= 1 and least < scale.bytes / scale.records < 5000
+        assert "warning: none: the rule matched none of" in "\n".join(lines)
+        assert not (tmp_path / "log").exists()
+
+    @live[0]
+    @live[1]
+    def test_command(self, tmp_path):
+        spec = write_spec(tmp_path / "spec", a_spec("comm == 'no such'", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        done = run("explain", spec, "--estimate", "0.3")
+        assert done.returncode == 0 and done.stdout.startswith("open-0: event open, channel 1\n")
+        assert re.search(r"\nin 0\.\d s on this host, with nothing sent:\nFILTER  EVENT +EVENTS/S.*\nopen-0  open .*\n"
+                         r"channel 1: about 0 B a day, in 0 records\n", done.stdout)
+        assert {path.name for path in tmp_path.iterdir()} == {"spec"}
+
+    def test_a_malformed_time(self):
+        assert_one_line(run("explain", "x", "--estimate", "-1"), 2, "number of seconds above 0")
 
 
 @pytest.fixture(scope="session")

@@ -3267,6 +3267,17 @@ class Channel:
     def open(self) -> None:
         """Raises TraceleftError when the channel cannot be used; nothing is open then."""
 
+    def prepare(self) -> None:
+        """Readies messages for encode(). Raises HostError."""
+
+    def encode(self, alert: Alert) -> bytes:
+        """What becomes of an alert."""
+        raise NotImplementedError
+
+    def weigh(self, alert: Alert) -> int:
+        """Bytes of an alert, once prepare() has been called; it is not sent."""
+        return len(self.encode(alert))
+
     def send(self, alert: Alert) -> None:
         """Takes one alert; it is settled now or later."""
         raise NotImplementedError
@@ -3407,9 +3418,12 @@ class FileChannel(Channel):
         return {"queued": len(self.waiting), "queued_bytes": self.waiting_bytes, "sends": self.writes,
                 "failures": self.failures, "reconnects": self.reopened}
 
+    def encode(self, alert: Alert) -> bytes:
+        return FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace")
+
     def send(self, alert: Alert) -> None:
         account = self.accounts[alert.filter.id]
-        data = FILE_FORMATS[alert.filter.format](alert).encode("utf-8", "backslashreplace")
+        data = self.encode(alert)
         if self.waiting_bytes + len(data) > MAX_QUEUE_BYTES or self.ended:
             account.lose_alert("write_failed" if self.ended else "queue_full", alert.count, alert.lost)
             return
@@ -4625,6 +4639,13 @@ class OtlpChannel(Channel):
     def problem(self) -> Optional[str]:
         return next(filter(None, (part.problem() for part in self.parts)), None)
 
+    def prepare(self) -> None:
+        for part in self.parts:
+            part.prepare()
+
+    def weigh(self, alert: Alert) -> int:
+        return sum(part.weigh(alert) for part in self.parts)
+
     def open(self) -> None:
         for part in self.parts:
             part.open()
@@ -5152,6 +5173,7 @@ SOURCE = struct.Struct("=HBBBBB2sB2xIQ")
 CLASS_EVENT = struct.Struct("=QII")
 SYSCALL_ROWS = struct.Struct("=HH")
 FILTER_COUNTS = struct.Struct("=QQQQQ24x")
+FILTER_STATE = struct.Struct("=16sII40x")
 SETTINGS = struct.Struct("=IIQQIII")
 RUN = struct.Struct("=I4xQQQQ")
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
@@ -5861,6 +5883,15 @@ class Tracer:
             produced, = struct.unpack_from("=Q", mapped, mmap.PAGESIZE)
             found[name] = (produced - consumed, self.sizes[name])
         return found
+
+    def group_counts(self) -> Dict[str, int]:
+        """Filter -> distinct `by` values that the kernel side has counted. After detach(): it looks into a map."""
+        fd, state, counts = self.map_fd("filter_states"), ctypes.create_string_buffer(FILTER_STATE.size), {}
+        for index, member in enumerate(self.tables.filters):
+            if member.spec is not None:
+                self.bpf.call("bpf_map_lookup_elem", fd, struct.pack("=I", index), state)
+                counts[member.spec.id] = FILTER_STATE.unpack(state.raw)[-1]
+        return counts
 
     def lost_samples(self) -> int:
         """Samples that did not fit into the ring buffer."""
@@ -6983,6 +7014,249 @@ def run_collector(collector: Collector, stop: StopSignals, output: TextIO) -> No
 
 
 # ======================================================================================================================
+# Estimate: a spec run live with nothing sent, so that one knows before what it will cost and bring
+# ======================================================================================================================
+
+SECONDS_A_DAY = 86400
+MAX_TIMING = 2.0  # seconds for the programs' times
+ESTIMATE_COLUMNS = ("FILTER", "EVENT", "EVENTS/S", "MATCHED/S", "SHARE", "PASSED/S", "ALERTS/S", "GROUPS", "NS/EVENT")
+BPF_STATS_RUN_TIME = 0  # enum bpf_stats_type, include/uapi/linux/bpf.h
+
+
+class Scale:
+    """Stands in for a channel: weighs the alerts, and sends nothing."""
+
+    def __init__(self, spec: ChannelSpec) -> None:
+        self.spec = spec
+        self.channel: Optional[Channel] = None
+        self.records = self.bytes = 0
+        self.problem = ""  # why it cannot weigh them
+
+    def prepare(self, accounts: Mapping[str, Account]) -> None:
+        try:
+            self.channel = make_channel(self.spec, accounts, insecure=True)
+            self.channel.prepare()
+        except HostError as error:
+            self.channel, self.problem = None, error.errors[0]
+
+    def send(self, alert: Alert) -> None:
+        self.records += 1
+        if self.channel is not None:
+            self.bytes += self.channel.weigh(alert)
+
+
+class FilterEstimate(NamedTuple):
+    """What one filter did in the time."""
+
+    spec: Filter
+    events: int           # of its type, whether they matched or not
+    account: Account
+    peak: int             # matched events in the second that had most of them
+    groups: Optional[int]  # distinct `by` values; None without `by`
+    max_groups: int
+    added_ns: Optional[float]  # mean time of the programs behind an event of its type
+    reasons: Tuple[str, ...]  # why Python is needed
+
+    def columns(self, seconds: float, ticks: int) -> List[str]:
+        """For ESTIMATE_COLUMNS. An alert is of a second that may have begun before, or end after, the run."""
+        account = self.account
+        share = f"{100 * account.matched / self.events:.3g}%" if self.events else "-"
+        return [escape(self.spec.id), self.spec.event,
+                *(format_rate(count / seconds) for count in (self.events, account.matched)), share,
+                format_rate(account.passed / seconds), format_rate(account.alerts / ticks),
+                "-" if self.groups is None else str(self.groups),
+                "-" if self.added_ns is None else f"{self.added_ns:.0f}"]
+
+    def warnings(self) -> Iterator[str]:
+        """What is hardly meant, or costs more than it need."""
+        account, parameters = self.account, self.spec.parameters
+        threshold, frequency = parameters.get("threshold", 0), parameters.get("frequency", 1)
+        if not self.events:
+            yield f"no {self.spec.event} event came"
+        elif not account.matched:
+            yield f"the rule matched none of {self.events} events"
+        elif not account.passed and threshold >= self.peak:
+            yield f"threshold={threshold} held back everything: no second had more than {self.peak} matching events"
+        elif not account.passed and frequency > account.matched:
+            yield f"frequency={frequency} let nothing through: only {account.matched} events matched"
+        if self.spec.rule is not None and 0 < self.events == account.matched:
+            yield f"the rule matched every one of {self.events} events"
+        if self.groups is not None and self.groups >= self.max_groups:
+            yield f"by: {self.groups} groups are as many as there can be; all later ones are counted as one"
+        if self.reasons:
+            yield (f"the rule needs Python, for {', '.join(dict.fromkeys(self.reasons))}: what the kernel cannot rule "
+                   "out crosses the ring buffer")
+
+
+def format_rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.2g}"
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 MB`."""
+    power = 0
+    while count >= 1000 and power < 4:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+class Stopwatch(Watchers):
+    """Takes the time until a run is stopped: reading what is left of it can take as long again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = time.monotonic()
+        self.seconds = 0.0
+
+    def stopping(self) -> None:
+        self.seconds = time.monotonic() - self.begin
+
+
+class DryRun:
+    """A spec run live, with nothing sent."""
+
+    def __init__(self, spec: Spec, channels: Mapping[str, Any]) -> None:
+        """Raises HostError and UsageError."""
+        self.tables = Tables(spec.filters)
+        self.tracer = Tracer(plan_spec(spec, ()), self.tables)
+        self.aggregator = Aggregator(spec, channels, event_time=True,
+                                     counted_elsewhere=frozenset(spec.ids) - self.tables.python_ids)
+        self.ticks = 0
+        self.seconds = 0.0  # that it ran
+        self.peaks: Dict[str, int] = {}  # filter -> matched events in the second that had most of them
+        self.before: Dict[str, int] = {}
+        self.groups: Dict[str, int] = {}  # as Tracer.group_counts()
+        self.times: Dict[str, Tuple[float, int]] = {}  # as Tracer.run_times()
+        self.timed = False  # this user may have the times
+        self.problems: List[str] = []
+
+    def handle(self, records: List[bytes]) -> None:
+        self.tracer.held.extend(records)
+        deadline = time.monotonic() + MAX_HOLD
+        while self.tracer.held and time.monotonic() < deadline:
+            self.aggregator.add(self.tracer.decode(self.tracer.held.popleft()))
+
+    def tick(self) -> None:
+        self.ticks += 1
+        self.aggregator.set_clock(self.tracer.clock_offset_ns)
+        self.counts.tick(self.handle)
+        self.aggregator.flush(time.time())
+        for name, account in self.aggregator.accounts.items():
+            self.peaks[name] = max(self.peaks.get(name, 0), account.matched - self.before.get(name, 0))
+            self.before[name] = account.matched
+
+    def run(self, seconds: float, stop: StopSignals) -> None:
+        """Traces for so long, or until stopped. Raises HostError."""
+        tracer = self.tracer
+        try:
+            tracer.load()
+            self.counts = KernelCounts(tracer, self.aggregator)
+            with bpf_stats(tracer.bpf) as self.timed:
+                tracer.attach()
+                self.aggregator.set_clock(tracer.clock_offset_ns)
+                watch = Stopwatch()
+                run_loop(tracer, self.handle, self.tick, stop, seconds, watch)
+            self.tick()
+            self.seconds, self.groups, self.times = watch.seconds, tracer.group_counts(), tracer.run_times()
+            self.problems = [f"{count} {MISSED[cause]}" for cause, count in tracer.missed().items()] + [
+                f"{count} {name} events did not reach Python ({cause}): the figures of rules that need it are too low"
+                for name, causes in tracer.unseen().items() for cause, count in causes.items()]
+        finally:
+            tracer.close()
+
+
+class Estimate:
+    """Two dry runs of a spec: one for what it brings, with another filter for each event type, which every event
+    matches; and one of the spec alone for what it costs, since those filters make an event dearer."""
+
+    EVERY = "\0"  # no id of a spec has it
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.scales = {channel.id: Scale(channel) for channel in spec.used_channels}
+        parameters = {name: parameter.default for name, parameter in Sigma.parameters.items()}
+        every = [Filter(self.EVERY + name, name, self.EVERY, "", "", "", None, Sigma.name, parameters,
+                        AlertsPerSec.name, "text") for name in dict.fromkeys(member.event for member in spec.filters)]
+        self.counting = DryRun(Spec(spec.channels, (*spec.filters, *every)),
+                               {**self.scales, self.EVERY: Scale(spec.channels[0])})
+        for scale in self.scales.values():
+            scale.prepare(self.counting.aggregator.accounts)
+        self.timing = DryRun(spec, {channel.id: Scale(channel) for channel in spec.used_channels})
+
+    def run(self, seconds: float, stop: StopSignals) -> None:
+        """Raises HostError."""
+        self.counting.run(seconds, stop)
+        self.timing.run(min(seconds, MAX_TIMING), stop)
+
+    def added_ns(self, event: EventType) -> Optional[float]:
+        """The mean times of the programs that an event of this type runs, together."""
+        source = Source(event, None, Wanted())
+        names = ["tcp_state"] if event.is_tcp else [
+            *(["sys_enter"] if source.at_entry or source.silent else []),
+            *([] if source.silent else ["every_sys_exit" if self.timing.tracer.sees_all else "sys_exit"])]
+        found = [self.timing.times[name] for name in names if self.timing.times.get(name, (0.0, 0))[1]]
+        return sum(1e9 * seconds / runs for seconds, runs in found) if found else None
+
+    def filters(self) -> Iterator[FilterEstimate]:
+        """In the spec's order."""
+        run = self.counting
+        reasons = {placement.spec.id: placement.reasons for placement in run.tables.placements}
+        for member in self.spec.filters:
+            groups = run.groups.get(member.id, len(run.aggregator.states[member.id].processing.groups))
+            yield FilterEstimate(member, run.aggregator.accounts[self.EVERY + member.event].matched,
+                                 run.aggregator.accounts[member.id], run.peaks.get(member.id, 0),
+                                 groups if member.parameters.get("by") else None, run.tables.max_groups,
+                                 self.added_ns(EVENT_TYPES[member.event]), reasons[member.id])
+
+    def report(self) -> Iterator[str]:
+        """The lines for people: a table of the filters, the channels, the kernel's part, and what is hardly meant."""
+        filters, seconds, ticks = list(self.filters()), self.counting.seconds, self.counting.ticks
+        yield f"in {seconds:.1f} s on this host, with nothing sent:"
+        yield from align([ESTIMATE_COLUMNS, *(found.columns(seconds, ticks) for found in filters)])
+        for name, scale in self.scales.items():
+            size = format_bytes(scale.bytes / ticks * SECONDS_A_DAY) if scale.channel else "an unknown size"
+            more = ", before compression" if scale.spec.type == "grpc" else ""
+            yield (f"channel {escape(name)}: about {size} a day, in {scale.records / ticks * SECONDS_A_DAY:.0f} "
+                   f"records{more}")
+        yield from self.report_times()
+        yield from (f"warning: channel {escape(name)}: {scale.problem}" for name, scale in self.scales.items()
+                    if scale.problem)
+        yield from (f"warning: {problem}" for problem in self.counting.problems)
+        for found in filters:
+            yield from (f"warning: {escape(found.spec.id)}: {text}" for text in found.warnings())
+
+    def report_times(self) -> Iterator[str]:
+        run = self.timing
+        if not run.timed:
+            yield "kernel: times unknown: BPF stats take CAP_SYS_ADMIN"
+        for program, (spent, runs) in sorted(run.times.items()):
+            if runs:
+                yield (f"kernel: {program} runs {format_rate(runs / run.seconds)}/s, {1e9 * spent / runs:.0f} ns each, "
+                       f"{100 * spent / run.seconds:.2g}% of one CPU")
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 2) -> List[str]:
+    """Columns, the first `left` of them to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(word.ljust(width) if i < left else word.rjust(width)
+                      for i, (word, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+@contextlib.contextmanager
+def bpf_stats(bpf: Libbpf) -> Iterator[bool]:
+    """Lets the kernel measure its BPF programs' times meanwhile, and says whether this user may."""
+    try:
+        fd = bpf.call("bpf_enable_stats", BPF_STATS_RUN_TIME)
+    except OSError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        os.close(fd)
+
+
+# ======================================================================================================================
 # Schema: the spec's JSON Schema, for editors. It says no to less than SpecParser, and to nothing that that accepts
 # ======================================================================================================================
 
@@ -7989,7 +8263,12 @@ def command_explain(options: argparse.Namespace) -> int:
     tables = Tables(spec.filters)
     for placement in sorted(tables.placements, key=lambda placement: spec.ids.index(placement.spec.id)):
         print("\n".join(explain_filter(placement)))
-    print("\n".join(explain_attachments({member.event for member in spec.filters})))
+    print("\n".join(explain_attachments({member.event for member in spec.filters})), flush=True)
+    if options.estimate is not None:
+        with StopSignals() as stop:
+            estimate = Estimate(spec)
+            estimate.run(options.estimate, stop)
+        print("\n".join(estimate.report()))
     return 0
 
 
@@ -8271,6 +8550,8 @@ def build_parser() -> Parser:
     explain = commands.add_parser("explain", help="say per filter what runs in the kernel and what does not",
                                   allow_abbrev=False)
     explain.add_argument("spec", metavar="SPEC", help="an aggregation spec")
+    explain.add_argument("--estimate", type=parse_duration, metavar="SECONDS",
+                         help="run it on this host for so long, send nothing, and say what it costs and brings")
     explain.set_defaults(run=command_explain)
 
     doctor = commands.add_parser("doctor", help="say what this host has and lacks, and for which feature",
