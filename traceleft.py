@@ -6343,7 +6343,7 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
         if not tracer.more and not tracer.held:
             detaching.join(0.01)
     deadline = time.monotonic() + STOP_TIMEOUT
-    for records in tracer.drain_records():
+    for records in itertools.chain([[]], tracer.drain_records()):
         handle(records)
         while tracer.held and time.monotonic() < deadline:
             handle([])
