@@ -946,6 +946,61 @@ class TestOtherReductions:
         assert error in "\n".join(errors_of(a_spec("", parameters, function=function)))
 
 
+class TestOutputs:
+    """top_per_sec and histogram; alerts_per_sec is tested with the aggregator."""
+
+    @staticmethod
+    def alerts(metrics, parameters, events, rule=""):
+        channel = ListChannel()
+        spec = a_spec(rule)
+        spec["events"][0]["output"].update({"metrics": metrics, "parameters": parameters})
+        aggregator = Aggregator(spec, {"1": channel})
+        for event in events:
+            aggregator.add(event)
+        aggregator.flush(100.0)
+        aggregator.flush(101.0)
+        return channel.alerts
+
+    def test_top(self):
+        events = [an_open(comm=text[0], uid=int(text[1])) for text in ["a1", "b2", "a1", "c1", "c1", "c1", "a2"]]
+        (alert,) = self.alerts("top_per_sec", "k=2;by=comm,uid", events)
+        assert alert.detail.as_json() == {"top": [{"comm": "c", "uid": 1, "count": 3}, {"comm": "a", "uid": 1, "count": 2}], "other": 2}
+        assert traceleft.format_text(alert).endswith('\nTOP: Comm "c" Uid 1 3, Comm "a" Uid 1 2, other 2\n\n')
+        assert json.loads(traceleft.format_json(alert))["other"] == 2
+
+    def test_top_is_of_what_passed_in_one_second(self):
+        assert self.alerts("top_per_sec", "by=comm", []) == []
+        (alert,) = self.alerts("top_per_sec", "by=comm", [an_open(comm="a", uid=1), an_open(comm="b")], "uid == 1")
+        assert alert.detail.rows == (((("comm", "a"),), 1),)
+
+    def test_top_of_more_groups_than_fit(self):
+        (alert,) = self.alerts("top_per_sec", "by=pid", [an_open(pid=pid) for pid in [1, *range(1, 2000)]])
+        assert alert.detail.rows[0] == ((("pid", 1),), 2) and len(alert.detail.rows) == 10
+        assert alert.count == 2000 and alert.detail.other == 2000 - 11
+
+    def test_a_name_cannot_forge_a_row(self):
+        (alert,) = self.alerts("top_per_sec", "by=comm", [an_open(comm='a" 5, "\n')])
+        assert 'TOP: Comm "a\\" 5, \\"\\n" 1, other 0\n' in traceleft.format_text(alert)
+
+    def test_histogram(self):
+        values = [-5, -1, 0, 1, 2, 3, 4, 7, 8, 2**62, 2**63 - 1]
+        (alert,) = self.alerts("histogram", "field=ret", [an_open(ret=value) for value in values])
+        assert alert.detail.as_json() == {"histogram": [
+            {"to": -1, "count": 2}, {"from": 0, "to": 0, "count": 1}, {"from": 1, "to": 1, "count": 1}, {"from": 2, "to": 3, "count": 2},
+            {"from": 4, "to": 7, "count": 2}, {"from": 8, "to": 15, "count": 1}, {"from": 2**62, "to": 2**63 - 1, "count": 2}]}
+        assert "\nHISTOGRAM: To -1 2, From 0 To 0 1, From 1 To 1 1, From 2 To 3 2," in traceleft.format_text(alert)
+
+    @pytest.mark.parametrize("metrics, parameters, error", [
+        ("top_per_sec", "", "top_per_sec needs the parameter 'by'"), ("histogram", "", "needs the parameter 'field', as in 'field=count'"),
+        ("histogram", "field=filename", "expected one integer field"), ("histogram", "field=mode,ret", "expected one integer field"),
+        ("top_per_sec", "by=pid,tid,uid,gid", "expected up to 3 fields"), ("top_per_sec", "by=pid;k=0", "k: expected an integer from 1 to 100"),
+        ("alerts_per_sec", "k=1", "alerts_per_sec has no parameter 'k'; known: none"), ("top_per_second", "", "did you mean 'top_per_sec'")])
+    def test_errors(self, metrics, parameters, error):
+        spec = a_spec()
+        spec["events"][0]["output"].update({"metrics": metrics, "parameters": parameters})
+        assert error in "\n".join(errors_of(spec))
+
+
 class TestSpec:
     def test_the_example_is_the_contracts_to_the_letter(self):
         spec = traceleft.load_spec(HERE / "spec/aggregator-spec.json")
@@ -2675,6 +2730,7 @@ class TestTwoEngines:
     pytestmark = live
     comparisons = 0
     kernel_filters = 0
+    outputs_compared = 0
 
     short = st.text(st.sampled_from("ab/é\udcff\udcc3\udca9"), max_size=4)
     long = st.builds(lambda text, n, tail: text * n + tail, st.sampled_from(["/abcdefg", "x", "/é"]),
@@ -2731,25 +2787,32 @@ class TestTwoEngines:
         st.sampled_from(["limit:", "limit:count=2;seconds=2", "limit:count=3;by=comm", "limit:seconds=3;by=filename", "distinct:by=comm",
                          "distinct:by=filename,uid;seconds=1", "distinct:by=container;seconds=2", "backoff:", "backoff:multiplier=2",
                          "backoff:count=3;multiplier=2;by=comm", "backoff:count=2;multiplier=3;by=pid"]))
-    open_filters = st.lists(st.tuples(st.just("open"), rule, parameters), min_size=1, max_size=12)
+    outputs = st.sampled_from([("alerts_per_sec", "")] * 4 + [
+        ("histogram", "field=ret"), ("histogram", "field=mode"), ("histogram", "field=arg2"), ("top_per_sec", "by=comm"),
+        ("top_per_sec", "by=filename,ret"), ("top_per_sec", "by=path,uid,program_id"), ("top_per_sec", "by=container")])
+    open_filters = st.lists(st.tuples(st.just("open"), rule, parameters, outputs), min_size=1, max_size=12)
     other_filters = st.lists(st.sampled_from([
         ("mkdirat", "dfd == AT_FDCWD and startswith(pathname, '/')", "frequency=2"), ("mkdirat", "", "by=mode"),
         ("read", "buf == '' or count > 5", "threshold=1"), ("read", "fd < 0 and startswith(buf, 'a')", ""),
         ("connect_v6", "daddr == '2001:db8::5' or saddr in net('2001:db8::/48')", "by=daddr"), ("connect_v6", "saddr != daddr", ""),
         ("connect_v6", "daddr not in ('::1', net('2001:db8::/96')) and dport in (1, 2)", "by=saddr,dport"),
         ("close_v4", "daddr in net('10.0.0.0/24') and not saddr == '10.0.0.1'", "by=daddr"), ("close_v4", "saddr == daddr", ""),
-    ]), max_size=4)
+        ("connect_v6", "", "", ("top_per_sec", "by=daddr,dport")), ("close_v4", "", "frequency=2", ("top_per_sec", "by=saddr")),
+        ("read", "", "", ("histogram", "field=count")), ("read", "", "", ("top_per_sec", "by=fd")),
+    ]), max_size=6)
 
     @settings(max_examples=220, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(open_filters, other_filters, st.lists(st.one_of(opens, opens, opens, others), min_size=20, max_size=40),
            st.lists(st.integers(0, 300), max_size=5), st.integers(1, 4))
     def test_agree(self, opens, others, events, seconds, max_groups):
         filters = []
-        for name, text, parameters in [*opens, *others]:
+        for name, text, parameters, *output in [*opens, *others]:
             with contextlib.suppress(RuleError):  # a constant, for example
                 parse_rule(text, EVENT_TYPES[name])
                 function, _, parameters = parameters.rpartition(":")
                 filters.append({**a_spec(text, parameters, function=function or "sigma")["events"][0], "name": name})
+                for metrics, output_parameters in output:
+                    filters[-1]["output"] = {"metrics": metrics, "parameters": output_parameters, "format": "json"}
         if not filters:
             return
         spec = parse_spec({**a_spec(), "events": filters})
@@ -2770,6 +2833,7 @@ class TestTwoEngines:
             for place, event in enumerate(events):
                 if place in seconds:
                     second += 1
+                    self.compare_outputs(model, feeder)
                     model.tick(float(second))
                     python.tick(float(second))
                 event = event._replace(timestamp_ns=second * 10**9)
@@ -2779,6 +2843,7 @@ class TestTwoEngines:
                 feeder.feed(event)
                 for streamed in feeder.tracer.poll():
                     python.add(streamed)
+            self.compare_outputs(model, feeder)
             counts = feeder.tracer.read_counts()
             assert sum(count.ring_full for count in counts) == 0
             found = {member.spec.id: count[:3] for member, count in zip(members, counts) if member.spec}
@@ -2803,8 +2868,21 @@ class TestTwoEngines:
         type(self).comparisons += fed * len(spec.filters)
         type(self).kernel_filters += len(groups)
 
+    def compare_outputs(self, model, feeder):
+        """What the kernel side has counted for top_per_sec and histogram in the second that ends."""
+        ended = feeder.tracer.next_tick()
+        for index, member in enumerate(feeder.tables.filters):
+            if member.spec is not None and member.spec.metrics != "alerts_per_sec":
+                expected = collections.Counter()
+                for key, count in model.states[member.spec.id].output.counts.items():
+                    cut = key if isinstance(key, int) else tuple(traceleft.cut_text(v) if isinstance(v, str) else v for v in key)
+                    expected[cut] += count
+                assert feeder.tracer.read_output(index, ended) == expected, member.spec
+                type(self).outputs_compared += sum(expected.values())
+
     def test_enough_was_compared(self):
         assert type(self).comparisons >= 100_000
+        assert type(self).outputs_compared >= 5_000  # events, each in a kind
         assert type(self).kernel_filters >= 500
 
     @pytest.mark.parametrize("rules", [
@@ -2920,7 +2998,7 @@ class TestKernelSide:
         ("text_key", traceleft.TEXT_KEY, "dimension:I length:I hash:Q"),
         ("text", traceleft.TEXT, "vector:I literal:I"),
         ("filter", traceleft.FILTER, "frequency:Q threshold:Q flags:I max_groups:I fields:I by_count:I processing:I "
-         "seconds:I by:24s by_text:24s"),
+         "seconds:I output:I output_index:I output_count:B output_signed:B output_by:3s output_text:3s by:24s by_text:24s"),
         ("filter_state", traceleft.FILTER_STATE, "group:16s sampled:I groups:I reserved:40x"),
         ("filter_counts", traceleft.FILTER_COUNTS, "matched:Q passed:Q folded:Q submitted:Q ring_full:Q reserved:24x"),
     ])
@@ -2936,14 +3014,16 @@ class TestKernelSide:
         assert offsets["dimensions"] == traceleft.MATCHER.size
         assert btf["matcher"]["size"] == traceleft.MATCHER.size + traceleft.MAX_DIMENSIONS * traceleft.DIMENSION.size
         assert btf["vector"]["size"] == traceleft.VECTOR_SIZE
+        assert btf["histogram"]["size"] == traceleft.HISTOGRAM.size
+        assert btf["top_slot"]["size"] == traceleft.TOP_SLOT.size
 
     def test_settings(self):
         lines = subprocess.run(["readelf", "-sW", traceleft.OBJECT_PATH], capture_output=True, text=True, check=True).stdout
         symbols = {words[7]: (int(words[1], 16), int(words[2])) for words in map(str.split, lines.splitlines())
                    if len(words) == 8 and words[3] == "OBJECT"}
-        names = ("own_pid", "wakeup_bytes", "hash_seeds", "event_types", "cpus", "filter_count")
-        assert [symbols[name] for name in names] == [(0, 4), (4, 4), (8, 16), (24, 4), (28, 4), (32, 4)]
-        assert traceleft.SETTINGS.format == "=IIQQIII"
+        names = ("own_pid", "wakeup_bytes", "hash_seeds", "event_types", "cpus", "filter_count", "histogram_count")
+        assert [symbols[name] for name in names] == [(0, 4), (4, 4), (8, 16), (24, 4), (28, 4), (32, 4), (36, 4)]
+        assert traceleft.SETTINGS.format == "=IIQQIIII"
         assert symbols["run"] == (0, traceleft.RUN.size)  # the only thing in .bss
 
     def test_tag(self, btf):
@@ -2966,7 +3046,8 @@ class TestKernelSide:
         paths = re.findall(r"PATH_\w+", re.search(r"enum path_kind \{(.*?)\}", header, re.S)[1])
         assert [getattr(traceleft, name) for name in paths] == list(range(5))
         names = (r"(SOURCE_\w+|EVENT_(?!PATH_UNKNOWN)\w+|MAX_ARGS|MAX_SLOTS|MAX_FILES|MAX_WORDS|MAX_DIMENSIONS|MAX_PROCESSES"
-                 r"|MAX_SYSCALLS|MAX_PENDING|MAX_SOCKETS|DFD_CWD|RECORD_VERSION|FILTER_[A-Z]+|PROCESSING_[A-Z]+)"
+                 r"|MAX_SYSCALLS|MAX_PENDING|MAX_SOCKETS|DFD_CWD|RECORD_VERSION|FILTER_[A-Z]+|PROCESSING_[A-Z]+|OUTPUT_[A-Z]+|BUCKETS"
+                 r"|TOP_SLOTS|TOP_FIELDS|TOP_TEXT)"
                  r" ?=? ?(\d+(?: << \d+)?)")
         values = dict(re.findall(names, header))
         for name, value in values.items():
@@ -4821,6 +4902,28 @@ class TestWalkThrough:
             record = json.loads(line)
             counts[record["filter"]] += record["count"]
         assert counts == {str(n): n // 100 for n in numbers}
+
+    def test_kinds_add_up_on_every_cpu(self, programs, tmp_path):
+        """Two groups, one per CPU at full rate: the kinds of all alerts add up to what was done, each to its own number."""
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        spec["events"] = [{**spec["events"][0], "rule": f"startswith(filename, '{tmp_path}/')", "id": metrics,
+                           "output": {"metrics": metrics, "parameters": parameters, "format": "json"}}
+                          for metrics, parameters in (("top_per_sec", "by=filename"), ("histogram", "field=mode"))]
+        numbers = {"a": 200_000, "b": 150_000}
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            loads = [subprocess.Popen([programs["opens"], tmp_path / name, str(number)]) for name, number in numbers.items()]
+            assert [load.wait(DEADLINE) for load in loads] == [0, 0]
+            code, output = agent.stop()
+        assert code == 0 and [row["matched"] for row in json.loads(output)["filters"]] == [350_000, 350_000]
+        kinds, other = collections.Counter(), 0
+        for record in map(json.loads, (tmp_path / "log").read_text().splitlines()):
+            for row in record.get("top", []):
+                kinds[row["filename"]] += row["count"]
+            for row in record.get("histogram", []):
+                kinds[row["to"]] += row["count"]
+            other += record.get("other", 0)
+        assert kinds[f"{tmp_path}/a"] == 200_000 and kinds[f"{tmp_path}/b"] == 150_000 and other == 0
+        assert sum(kinds.values()) == 700_000
 
     SHELL_LOOP = "trap 'echo $n; exit' TERM; n=0; while true; do echo -n > {path}; n=$((n+1)); done"
 

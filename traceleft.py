@@ -40,6 +40,7 @@ import difflib
 import errno
 import fcntl
 import fnmatch
+import functools
 import importlib
 import ipaddress
 import itertools
@@ -1804,7 +1805,7 @@ NSEC_PER_SEC = 1_000_000_000
 class Parameter(NamedTuple):
     """One `NAME=VALUE` of a function's parameters: its default, and how the value is parsed."""
 
-    default: Any
+    default: Any  # None: it has to be given
     parse: Callable[[str, EventType], Any]  # raises ValueError
 
 
@@ -1823,6 +1824,7 @@ def number_parser(lowest: int, highest: int) -> Callable[[str, EventType], int]:
     return parse
 
 
+NEEDED_EXAMPLES = {"by": "filename", "field": "count"}
 MAX_NUMBER = (1 << 31) - 1  # of events or seconds in a window
 parse_positive, parse_seconds, parse_multiplier = (number_parser(lowest, MAX_NUMBER) for lowest in (1, 0, 2))
 
@@ -1875,7 +1877,6 @@ class Processing:
 
     name: ClassVar[str]
     parameters: ClassVar[Dict[str, Parameter]]
-    by_is_needed: ClassVar[bool] = False
 
     def __init__(self, by: Tuple[Field, ...] = (), max_groups: int = MAX_GROUPS, event_time: bool = False,
                  **parameters: int) -> None:
@@ -1972,8 +1973,7 @@ class Distinct(Limit):
     """`by=FIELD`: the first event of each value passes, and no other until `seconds` after it; 0: no other at all."""
 
     name = "distinct"
-    parameters = {"seconds": Parameter(0, parse_seconds), "by": Parameter((), parse_by)}
-    by_is_needed = True
+    parameters = {"seconds": Parameter(0, parse_seconds), "by": Parameter(None, parse_by)}
 
     @staticmethod
     def pack(seconds: int = 0) -> Packed:  # type: ignore[override]
@@ -2010,6 +2010,37 @@ PROCESSING: Dict[str, Type[Processing]] = {function.name: function for function 
 # ======================================================================================================================
 
 
+OUTPUT_NONE, OUTPUT_HISTOGRAM, OUTPUT_TOP = range(3)  # enum output in bpf/traceleft.h
+BUCKETS, TOP_SLOTS, TOP_FIELDS, TOP_TEXT = 66, 512, 3, 128  # enum limits
+MAX_TOPS = 64  # filters with top_per_sec that the kernel side counts: each takes half a MiB
+
+
+class Detail(NamedTuple):
+    """What an alert says of its events beside their number: how many were of each kind."""
+
+    name: str  # its key in JSON
+    rows: Tuple[Tuple[Tuple[Tuple[str, Value], ...], int], ...]  # ((name, value), …) of a kind, and how many events
+    other: Optional[int] = None  # events of no kind that is named; None where there are no such
+
+    def as_json(self) -> Dict[str, Any]:
+        shown: Dict[str, Any] = {self.name: [{**dict(labels), "count": count} for labels, count in self.rows]}
+        return {**shown, "other": self.other} if self.other is not None else shown
+
+    def format(self) -> str:
+        """`TOP: Comm "sh" 45, Comm "cat" 3, other 7`."""
+        rows = [" ".join(f'{camel_case(name)} "{escape(value)}"' if isinstance(value, str) else
+                         f"{camel_case(name)} {value}" for name, value in labels) + f" {count}"
+                for labels, count in self.rows]
+        return f"{self.name.upper()}: " + ", ".join(rows + ([f"other {self.other}"] if self.other is not None else []))
+
+
+class PackedOutput(NamedTuple):
+    """What an output function is to the kernel side: members of struct filter."""
+
+    output: int  # enum output
+    fields: Tuple[Field, ...] = ()
+
+
 @dataclass(frozen=True)
 class Alert:
     """One record for a channel. `lost` is how many of the filter's passed events were lost since the alert before."""
@@ -2020,16 +2051,26 @@ class Alert:
     matched: int
     lost: int
     sample: Optional[Event]  # None when the ring buffer had no room for it
+    detail: Optional[Detail] = None
 
 
 class AlertsPerSec:
-    """At the end of a second in which something passed, one alert with the first event that did as its sample."""
+    """At the end of a second in which something passed, one alert with the first event that did as its sample.
+
+    Base of the other output functions too: these count more of the events in observe(), or take from the kernel side
+    what it has counted, and say it in detail().
+    """
 
     name: ClassVar[str] = "alerts_per_sec"
+    parameters: ClassVar[Dict[str, Parameter]] = {}
 
     def __init__(self) -> None:
         self.matched = self.passed = 0
         self.sample: Optional[Event] = None
+
+    @classmethod
+    def pack(cls, **parameters: Any) -> PackedOutput:
+        return PackedOutput(OUTPUT_NONE)
 
     def add(self, matched: int, passed: int, sample: Optional[Event]) -> None:
         """Some events, and one of those that passed."""
@@ -2038,15 +2079,130 @@ class AlertsPerSec:
         if self.sample is None and sample is not None:
             self.sample = sample
 
+    def observe(self, event: Event) -> None:
+        """An event that passed, beside add()."""
+
+    def take(self, counted: Mapping[Any, int]) -> None:
+        """What the kernel side has counted of the events that passed, beside add()."""
+
+    def detail(self) -> Optional[Detail]:
+        """What is to be said of the second that ends; it begins anew."""
+        return None
+
     def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
         """The alert of the second that ends, if any; `lost` as in Alert."""
-        alert = Alert(filter, now, self.passed, self.matched, lost, self.sample) if self.passed else None
+        if not self.passed:
+            self.matched = 0
+            return None
+        alert = Alert(filter, now, self.passed, self.matched, lost, self.sample, self.detail())
         self.matched = self.passed = 0
         self.sample = None
         return alert
 
 
-OUTPUTS: Dict[str, Type[AlertsPerSec]] = {function.name: function for function in (AlertsPerSec,)}
+parse_k = number_parser(1, 100)
+
+
+def parse_integer_field(text: str, event_type: EventType) -> Field:
+    (found, *more) = parse_by(text, event_type)
+    if more or found.is_text or found.address_bits:
+        raise ValueError(f"expected one integer field, not '{escape(text)}'")
+    return found
+
+
+def parse_top_by(text: str, event_type: EventType) -> Tuple[Field, ...]:
+    found = parse_by(text, event_type)
+    if sum(len(member.halves) for member in found) > TOP_FIELDS:
+        raise ValueError(f"expected up to {TOP_FIELDS} fields, an IPv6 address counts twice, not '{escape(text)}'")
+    return found
+
+
+class Histogram(AlertsPerSec):
+    """alerts_per_sec, and how many of the events that passed had which values of `field`, by powers of two."""
+
+    name = "histogram"
+    parameters = {"field": Parameter(None, parse_integer_field)}
+
+    def __init__(self, field: Field) -> None:
+        super().__init__()
+        self.field, self.get = field, field.getter()
+        self.counts: Dict[int, int] = collections.Counter()
+
+    @classmethod
+    def pack(cls, field: Field) -> PackedOutput:  # type: ignore[override]
+        return PackedOutput(OUTPUT_HISTOGRAM, (field,))
+
+    @staticmethod
+    def bucket(value: int) -> int:
+        """As bucket() in bpf/traceleft.bpf.c: 0 negative, 1 zero, and N from 2^(N-2) to 2^(N-1) - 1."""
+        return 0 if value < 0 else value.bit_length() + 1
+
+    def observe(self, event: Event) -> None:
+        self.counts[self.bucket(int(self.get(event)))] += 1
+
+    def take(self, counted: Mapping[int, int]) -> None:
+        for index, count in counted.items():
+            self.counts[index] += count
+
+    @staticmethod
+    def bounds(index: int) -> Tuple[Tuple[str, int], ...]:
+        if index < 2:
+            return (("to", -1),) if index == 0 else (("from", 0), ("to", 0))
+        return ("from", 1 << index - 2), ("to", (1 << index - 1) - 1)
+
+    def detail(self) -> Detail:
+        rows = tuple((self.bounds(index), count) for index, count in sorted(self.counts.items()) if count)
+        self.counts = collections.Counter()
+        return Detail("histogram", rows)
+
+
+def cut_text(text: str) -> str:
+    """As much of a text as the kernel side keeps of what a group is told by."""
+    return decode_text(encode_text(text)[:TOP_TEXT - 1])
+
+
+class TopPerSec(AlertsPerSec):
+    """alerts_per_sec, and the `k` values of `by` that most of the events had that passed, with their counts."""
+
+    name = "top_per_sec"
+    parameters = {"k": Parameter(10, parse_k), "by": Parameter(None, parse_top_by)}
+
+    def __init__(self, k: int, by: Tuple[Field, ...]) -> None:
+        super().__init__()
+        self.k, self.by = k, by
+        self.getters = [member.getter() for member in by]
+        self.counts: Dict[Tuple[Value, ...], int] = collections.Counter()  # the kernel side cuts texts in it
+
+    @classmethod
+    def pack(cls, k: int, by: Tuple[Field, ...]) -> PackedOutput:  # type: ignore[override]
+        return PackedOutput(OUTPUT_TOP, by)
+
+    def observe(self, event: Event) -> None:
+        key = tuple([get(event) for get in self.getters])
+        if key in self.counts or len(self.counts) < TOP_SLOTS:
+            self.counts[key] += 1
+
+    def take(self, counted: Mapping[Tuple[Value, ...], int]) -> None:
+        for key, count in counted.items():
+            self.counts[key] += count
+
+    def detail(self) -> Detail:
+        # by count; values break ties, so that equal seconds look equal
+        heaviest = sorted(self.counts.items(), key=lambda item: (-item[1], [str(value) for value in item[0]]))[:self.k]
+        rows = tuple((tuple((member.name, self.show(member, value)) for member, value in zip(self.by, key)), count)
+                     for key, count in heaviest)
+        self.counts = collections.Counter()
+        return Detail("top", rows, max(0, self.passed - sum(count for _, count in rows)))
+
+    @staticmethod
+    def show(member: Field, value: Value) -> Value:
+        if isinstance(value, str):
+            return cut_text(value)
+        return {32: show_ipv4, 128: show_ipv6}[member.address_bits](value) if member.address_bits else value
+
+
+OUTPUTS: Dict[str, Type[AlertsPerSec]] = {
+    function.name: function for function in (AlertsPerSec, TopPerSec, Histogram)}
 
 
 # ======================================================================================================================
@@ -2133,6 +2289,7 @@ class Filter:
     processing: str            # key of PROCESSING
     parameters: Mapping[str, Any] = field(hash=False)
     metrics: str               # key of OUTPUTS
+    output_parameters: Mapping[str, Any] = field(hash=False)
     format: str
 
     @property
@@ -2140,6 +2297,11 @@ class Filter:
         """What the processing function is to the kernel side."""
         parameters = {name: value for name, value in self.parameters.items() if name != "by"}
         return PROCESSING[self.processing].pack(**parameters)
+
+    @property
+    def packed_output(self) -> PackedOutput:
+        """What the output function is to the kernel side."""
+        return OUTPUTS[self.metrics].pack(**self.output_parameters)
 
 
 @dataclass(frozen=True)
@@ -2351,13 +2513,14 @@ class SpecParser:
         function = self.function(members.get("function", {}), f"{path}.function", event_type,
                                  "function" in members)
         output = self.output(members.get("output", {}), f"{path}.output",
-                             channels[channel].type if channel in channels else None, "output" in members)
+                             channels[channel].type if channel in channels else None, event_type,
+                             "output" in members)
         rule = self.rule(members.get("rule", ""), f"{path}.rule", event_type)
         if len(self.errors) > before or not event_type or not channel or not function or not output:
             return None
         return Filter(members.get("id", f"{event_type.name}-{index}"), event_type.name, channel,
                       members.get("stream", ""), members.get("group", ""), members.get("rule", ""), rule,
-                      function[0], function[1], output[0], output[1])
+                      function[0], function[1], output[0], output[1], output[2])
 
     def spoken_formats(self, channels: Mapping[str, ChannelSpec], filters: Sequence[Optional[Filter]]
                        ) -> Dict[str, str]:
@@ -2399,11 +2562,12 @@ class SpecParser:
         name = self.known(f"{path}.id", "function", members.get("id"), PROCESSING)
         if name is None or event_type is None:
             return None
-        return name, self.parameters(members.get("parameters", ""), f"{path}.parameters", name, event_type)
+        return name, self.parameters(members.get("parameters", ""), f"{path}.parameters", name,
+                                     PROCESSING[name].parameters, event_type)
 
-    def parameters(self, text: str, path: str, function: str, event_type: EventType) -> Dict[str, Any]:
+    def parameters(self, text: str, path: str, function: str, known: Mapping[str, Parameter],
+                   event_type: EventType) -> Dict[str, Any]:
         """`frequency=100;threshold=0` as a dict of all the function's parameters."""
-        known = PROCESSING[function].parameters
         values: Dict[str, Any] = {}
         parts = text.split(";")
         for part in parts if parts[-1].strip() else parts[:-1]:  # a `;` at the end is no mistake
@@ -2412,7 +2576,7 @@ class SpecParser:
                 self.error(path, f"expected NAME=VALUE, not '{escape(part)}'")
             elif name not in known:
                 self.error(path, f"{function} has no parameter '{escape(name)}'{suggest(name, known)}; "
-                                 f"known: {', '.join(known)}")
+                                 f"known: {', '.join(known) or 'none'}")
             elif name in values:
                 self.error(path, f"parameter '{name}' stands twice")
             else:
@@ -2420,20 +2584,24 @@ class SpecParser:
                     values[name] = known[name].parse(value, event_type)
                 except ValueError as error:
                     self.error(path, f"{name}: {error}")
-        if PROCESSING[function].by_is_needed and "by" not in values:
-            self.error(path, f"{function} needs the parameter 'by': what is to be distinct, as in 'by=filename'")
+        for name, parameter in known.items():
+            if parameter.default is None and not re.search(rf"(^|;)\s*{name}\s*=", text):
+                self.error(path, f"{function} needs the parameter '{name}', as in '{name}={NEEDED_EXAMPLES[name]}'")
         return {**{name: parameter.default for name, parameter in known.items()}, **values}
 
-    def output(self, value: Any, path: str, channel_type: Optional[str],
-               present: bool) -> Optional[Tuple[str, str]]:
+    def output(self, value: Any, path: str, channel_type: Optional[str], event_type: Optional[EventType],
+               present: bool) -> Optional[Tuple[str, Dict[str, Any], str]]:
         if not present:
             return None
-        members = self.object(value, path, {"metrics": str, "format": str}, {})
+        members = self.object(value, path, {"metrics": str, "format": str}, {"parameters": str})
         metrics = self.known(f"{path}.metrics", "metrics", members.get("metrics"), OUTPUTS)
         formats = FORMATS[channel_type] if channel_type else sorted({f for known in FORMATS.values() for f in known})
         format_name = self.known(f"{path}.format", f"format for a {channel_type or 'file or grpc'} channel",
                                  members.get("format"), formats)
-        return (metrics, format_name) if metrics and format_name else None
+        if not metrics or not format_name or event_type is None:
+            return None
+        return metrics, self.parameters(members.get("parameters", ""), f"{path}.parameters", metrics,
+                                        OUTPUTS[metrics].parameters, event_type), format_name
 
 
 def json_type(value: Any) -> str:
@@ -2490,7 +2658,9 @@ MATCHER = struct.Struct("=IIIIII")
 VECTOR_SIZE = 8 * MAX_WORDS
 TEXT_KEY = struct.Struct("=IIQ")
 TEXT = struct.Struct("=II")
-FILTER = struct.Struct("=QQIIIIII24s24s")
+FILTER = struct.Struct("=QQIIIIIIIIBB3s3s24s24s")
+HISTOGRAM = struct.Struct(f"={BUCKETS}Q48x")
+TOP_SLOT = struct.Struct("=QQ" + f"Q{TOP_TEXT}s" * TOP_FIELDS)
 
 
 class Dimension(NamedTuple):
@@ -2827,6 +2997,8 @@ class Tables:
         self.literals: List[int] = []
         self.literal_places: Dict[bytes, int] = {}
         self.rows: List[int] = []
+        self.output_places: Dict[str, int] = {}  # filter id -> place among the histograms, or the tops
+        self.output_counts = collections.Counter({OUTPUT_HISTOGRAM: 0, OUTPUT_TOP: 0})
         self.max_groups = groups_per_filter(filters)
         by_event: Dict[str, List[Filter]] = {name: [] for name in streamed}
         for member in filters:
@@ -2849,7 +3021,7 @@ class Tables:
         for member in members:
             compiled = rule_rows(member.rule)
             used = dimensions.union(*compiled.rows)
-            reasons = compiled.reasons + derived_groups(member)
+            reasons = compiled.reasons + derived_groups(member) + self.output_reasons(member)
             if len(rows) + len(streamed) + len(compiled.rows) >= MAX_ROWS or len(used) > MAX_DIMENSIONS:
                 compiled, reasons = Rows(EVERYTHING), ("this event type's tables, which are full",)
             else:
@@ -2860,6 +3032,7 @@ class Tables:
                 continue
             rows += compiled.rows
             self.rows += [len(self.filters)] * len(compiled.rows)
+            self.add_output(member)
             self.filters.append(KernelFilter(event, member))
             fields |= self.filter_fields(member)
         if streamed:
@@ -2869,10 +3042,24 @@ class Tables:
         self.dimensions[event] = sorted(set().union(*rows) if rows else set())
         self.matchers[event] = self.pack_matcher(event, rows, first_row, fields)
 
+    def output_reasons(self, member: Filter) -> Tuple[str, ...]:
+        """Why the kernel side cannot count what the filter's output function wants."""
+        output = member.packed_output
+        derived = tuple(f"{member.metrics} of {field.name}" for field in output.fields if field.is_derived)
+        full = output.output == OUTPUT_TOP and self.output_counts[OUTPUT_TOP] >= MAX_TOPS
+        return (*derived, *((f"more than {MAX_TOPS} filters with top_per_sec",) if full else ()))
+
+    def add_output(self, member: Filter) -> None:
+        output = member.packed_output.output
+        if output != OUTPUT_NONE:
+            self.output_places[member.id] = self.output_counts[output]
+            self.output_counts[output] += 1
+
     @staticmethod
     def filter_fields(member: Filter) -> int:
         """Fields that counting for the filter reads, as a bit mask."""
-        fields = sum(1 << number for number, _ in kernel_fields(member.parameters.get("by", ())))
+        read = (*member.parameters.get("by", ()), *member.packed_output.fields)
+        fields = functools.reduce(operator.or_, (1 << number for number, _ in kernel_fields(read)), 0)
         return fields | (1 << FIELD_TIME if member.packed.uses_time else 0)
 
     def pack_matcher(self, event: str, rows: Sequence[Row], first_row: int, fields: int) -> bytes:
@@ -2951,12 +3138,17 @@ class Tables:
     def pack_filter(self, member: KernelFilter) -> bytes:
         """struct filter."""
         if member.spec is None:
-            return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, PROCESSING_SIGMA, 0, b"", b"")
+            return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, PROCESSING_SIGMA, 0, OUTPUT_NONE, 0, 0, 0, b"",
+                               b"", b"", b"")
         by = kernel_fields(member.spec.parameters["by"])
-        packed = member.spec.packed
-        flags = FILTER_GENERAL if by or packed.processing != PROCESSING_SIGMA or packed.threshold else 0
-        return FILTER.pack(packed.frequency, packed.threshold, flags, self.max_groups, self.shown, len(by),
-                           packed.processing, packed.seconds, bytes(number for number, _ in by),
+        packed, output = member.spec.packed, member.spec.packed_output
+        shown = kernel_fields(output.fields)
+        is_general = by or packed.processing != PROCESSING_SIGMA or packed.threshold or output.output != OUTPUT_NONE
+        return FILTER.pack(packed.frequency, packed.threshold, FILTER_GENERAL if is_general else 0, self.max_groups,
+                           self.shown, len(by), packed.processing, packed.seconds, output.output,
+                           self.output_places.get(member.spec.id, 0), len(shown),
+                           any(read.is_signed for read in output.fields), bytes(number for number, _ in shown),
+                           bytes(is_text for _, is_text in shown), bytes(number for number, _ in by),
                            bytes(is_text for _, is_text in by))
 
     @property
@@ -3338,7 +3530,8 @@ def format_text(alert: Alert) -> str:
     return (f"COUNT: {alert.count}\n"
             f"EVENT: {{Timestamp:{event.timestamp_ns} ProgramID:{event.program_id} Pid:{event.pid} Ret:{event.ret} "
             f"Name:{event.name} Hash:{event.hash} Flags:{flags}}} {format_args(event)}"
-            f"{' [container]' if event.in_container else ''}\n\n")
+            f"{' [container]' if event.in_container else ''}\n"
+            + (f"{alert.detail.format()}\n" if alert.detail is not None else "") + "\n")
 
 
 def format_json(alert: Alert) -> str:
@@ -3348,7 +3541,8 @@ def format_json(alert: Alert) -> str:
         "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "host": HOSTNAME,
         "filter": alert.filter.id, "event": alert.filter.event, "stream": alert.filter.stream,
         "group": alert.filter.group, "metrics": alert.filter.metrics, "count": alert.count, "matched": alert.matched,
-        "lost": alert.lost, "sample": None if alert.sample is None else sample_json(alert.sample)}) + "\n"
+        "lost": alert.lost, **(alert.detail.as_json() if alert.detail is not None else {}),
+        "sample": None if alert.sample is None else sample_json(alert.sample)}) + "\n"
 
 
 def sample_json(event: Event) -> Dict[str, Any]:
@@ -3589,7 +3783,9 @@ METRIC_EXTENSIONS: Tuple[WireField, ...] = (
     ("Matched", 100, "uint64"), ("Lost", 101, "uint64"), ("Host", 102, "string"), ("Filter", 103, "string"),
     ("Stream", 104, "string"), ("Group", 105, "string"), ("Metrics", 106, "string"), ("Time", 107, "double"),
     ("Agent", 108, "string"), ("Sequence", 109, "uint64"), ("SyscallEvent", 110, "ProtobufSyscallEvent"),
+    ("Kinds", 111, "repeated ProtobufKind"), ("Other", 112, "uint64"),
 )
+KIND: Tuple[WireField, ...] = (("Fields", 1, "repeated ProtobufSyscallArgument"), ("Count", 2, "uint64"))
 WIRE_PACKAGE = "tracer"
 WIRE_METHOD = f"/{WIRE_PACKAGE}.MetricCollector/Process"
 
@@ -3598,7 +3794,7 @@ def wire_messages() -> Dict[str, Tuple[WireField, ...]]:
     """Every message of the contract with its fields; the syscalls' messages follow from the event table."""
     messages = {"ProtobufCommonEvent": COMMON_EVENT, "ProtobufConnectV4Event": WIRE_CONNECTION_V4,
                 "ProtobufConnectV6Event": WIRE_CONNECTION_V6, "ProtobufSyscallArgument": SYSCALL_ARGUMENT,
-                "ProtobufSyscallEvent": SYSCALL_EVENT}
+                "ProtobufSyscallEvent": SYSCALL_EVENT, "ProtobufKind": KIND}
     metric: List[WireField] = [("Count", 1, "uint64"), ("CommonEvent", 2, "ProtobufCommonEvent"),
                                ("ConnectV4Event", 3, "ProtobufConnectV4Event"),
                                ("ConnectV6Event", 4, "ProtobufConnectV6Event")]
@@ -3694,6 +3890,16 @@ def encode_argument(argument: Argument, value: Value) -> Union[int, str, bytes]:
     return wrap_int(value, argument.type.wire)
 
 
+def encode_detail(wire: Mapping[str, Any], detail: Optional[Detail]) -> Dict[str, Any]:
+    if detail is None:
+        return {}
+    argument, kind = wire["ProtobufSyscallArgument"], wire["ProtobufKind"]
+    return {"Other": detail.other or 0, "Kinds": [
+        kind(Count=count, Fields=[argument(Name=name, Text=encode_text(value)) if isinstance(value, str) else
+                                  argument(Name=name, Integer=wrap_int(value, "int64")) for name, value in labels])
+        for labels, count in detail.rows]}
+
+
 def encode_metric(wire: Mapping[str, Any], alert: Alert, agent: str, sequence: int) -> bytes:
     """The serialized Metric of one alert, the `sequence`-th of this agent."""
     event, flags = shown_event(alert)
@@ -3706,7 +3912,8 @@ def encode_metric(wire: Mapping[str, Any], alert: Alert, agent: str, sequence: i
     metric = wire["Metric"](
         Count=alert.count, CommonEvent=common, Matched=alert.matched, Lost=alert.lost, Host=HOSTNAME,
         Filter=wire_text(alert.filter.id), Stream=wire_text(alert.filter.stream), Group=wire_text(alert.filter.group),
-        Metrics=alert.filter.metrics, Time=alert.time, Agent=agent, Sequence=sequence, **encode_arguments(wire, event))
+        Metrics=alert.filter.metrics, Time=alert.time, Agent=agent, Sequence=sequence, **encode_arguments(wire, event),
+        **encode_detail(wire, alert.detail))
     data: bytes = metric.SerializeToString()
     return data
 
@@ -4398,6 +4605,13 @@ def sample_attributes(event: Event) -> Attributes:
     return {name: value for name, value in found.items() if value != ""}
 
 
+def detail_attributes(alert: Alert) -> Dict[str, str]:
+    """What the output function says beside the count, as JSON."""
+    if alert.detail is None:
+        return {}
+    return {f"traceleft.{alert.detail.name}": wire_text(json.dumps(alert.detail.as_json()))}
+
+
 def filter_attributes(member: Filter) -> Attributes:
     """The attributes that tell a filter's data points and log records from others'."""
     found: Attributes = {"traceleft.filter": member.id, "traceleft.event": member.event,
@@ -4602,7 +4816,7 @@ class OtlpLogs(OtlpSignal):
     def encode(self, alert: Alert) -> bytes:
         if alert.sample is None:
             return b""
-        attributes = {**filter_attributes(alert.filter), "traceleft.count": alert.count,
+        attributes = {**filter_attributes(alert.filter), "traceleft.count": alert.count, **detail_attributes(alert),
                       **sample_attributes(alert.sample)}
         record = self.messages.LogRecord(
             time_unix_nano=alert.sample.timestamp_ns, observed_time_unix_nano=int(alert.time * 1e9),
@@ -4696,7 +4910,7 @@ class FilterState:
         self.spec, self.account = spec, account
         self.matches = spec.rule.matcher() if spec.rule is not None else None
         self.processing = PROCESSING[spec.processing](**spec.parameters, max_groups=max_groups, event_time=event_time)
-        self.output = OUTPUTS[spec.metrics]()
+        self.output = OUTPUTS[spec.metrics](**spec.output_parameters)
 
     def add(self, event: Event) -> None:
         """One event, matched and counted here."""
@@ -4704,6 +4918,7 @@ class FilterState:
             return
         if self.processing.passes(event):
             self.count(1, 1, 0, event)
+            self.output.observe(event)
         else:
             self.count(1, 0, 1, None)
 
@@ -5174,7 +5389,7 @@ CLASS_EVENT = struct.Struct("=QII")
 SYSCALL_ROWS = struct.Struct("=HH")
 FILTER_COUNTS = struct.Struct("=QQQQQ24x")
 FILTER_STATE = struct.Struct("=16sII40x")
-SETTINGS = struct.Struct("=IIQQIII")
+SETTINGS = struct.Struct("=IIQQIIII")
 RUN = struct.Struct("=I4xQQQQ")
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
 RECORD_TAG_OFFSET = HEADER.size - 16 - RECORD_TAG.size
@@ -5435,6 +5650,86 @@ class FilterCounts(NamedTuple):
     ring_full: int  # records that did not fit
 
 
+class Histograms:
+    """Reads struct histogram of each CPU and filter: `mapped` is the kernel side's array."""
+
+    def __init__(self, mapped: mmap.mmap, tables: Tables) -> None:
+        self.mapped, self.tables = mapped, tables
+        self.before: Dict[str, Tuple[int, ...]] = {}
+
+    def read(self, member: Filter, ended: int) -> Dict[int, int]:
+        """Bucket -> events since the last call."""
+        # as native 64-bit words: each is read at once, while the kernel side counts on
+        words = memoryview(self.mapped).cast("Q").tolist()
+        each, count = HISTOGRAM.size // 8, self.tables.output_counts[OUTPUT_HISTOGRAM]
+        first = self.tables.output_places[member.id] * each
+        now = tuple(sum(words[first + bucket::count * each]) for bucket in range(BUCKETS))
+        before, self.before[member.id] = self.before.get(member.id, (0,) * BUCKETS), now
+        return {bucket: new - old for bucket, (new, old) in enumerate(zip(now, before)) if new != old}
+
+    def close(self) -> None:
+        self.mapped.close()
+
+
+class Tops:
+    """Reads struct top_slot of each filter: in two tables, of the tick that is counted in and of the one that ended."""
+
+    def __init__(self, mapped: mmap.mmap, tables: Tables) -> None:
+        self.mapped, self.tables = mapped, tables
+        self.read_before: Dict[Tuple[str, int], Dict[Any, int]] = {}  # filter and table -> what has been read of it
+        self.late: Dict[str, Dict[Any, int]] = {}
+
+    def read(self, member: Filter, ended: int) -> Dict[Tuple[Value, ...], int]:
+        """Group -> events of the tick that has ended, and those that were late for the tick before it."""
+        found = self.table(member, ended & 1)
+        self.read_before[member.id, ended & 1] = found
+        counts = collections.Counter(self.late.pop(member.id, {}))
+        counts.update(found)
+        return counts
+
+    def clear(self, tick: int) -> None:
+        """Makes room for a tick that begins. What was counted too late for the tick that had the table is kept."""
+        for member in (member.spec for member in self.tables.filters):
+            if member is None or member.packed_output.output != OUTPUT_TOP:
+                continue
+            late = collections.Counter(self.table(member, tick & 1))
+            late.subtract(self.read_before.pop((member.id, tick & 1), {}))
+            self.late[member.id] = dict(+late)
+            begin, end = self.place(member, tick & 1)
+            self.mapped[begin:end] = bytes(end - begin)
+
+    def place(self, member: Filter, table: int) -> Tuple[int, int]:
+        size = TOP_SLOTS * TOP_SLOT.size
+        begin = (2 * self.tables.output_places[member.id] + table) * size
+        return begin, begin + size
+
+    def table(self, member: Filter, table: int) -> Dict[Tuple[Value, ...], int]:
+        found: Dict[Tuple[Value, ...], int] = collections.Counter()
+        begin, end = self.place(member, table)
+        for hash_, count, *parts in TOP_SLOT.iter_unpack(self.mapped[begin:end]):
+            if hash_ and count:
+                found[self.group(member, parts)] += count
+        return found
+
+    @staticmethod
+    def group(member: Filter, parts: List[Any]) -> Tuple[Value, ...]:
+        """The values of a group from the members of struct top_field; texts are cut."""
+        values: List[Value] = []
+        for shown in member.packed_output.fields:
+            number, text, *parts = parts
+            if shown.is_text:
+                values.append(decode_text(text[:min(number, TOP_TEXT - 1)]))
+            elif shown.address_bits > 64:
+                low, _, *parts = parts
+                values.append(number << 64 | low)
+            else:
+                values.append(number - (1 << 64) if shown.is_signed and number >> 63 else number)
+        return tuple(values)
+
+    def close(self) -> None:
+        self.mapped.close()
+
+
 class Tracer:
     """Yields the events of a live kernel.
 
@@ -5478,6 +5773,8 @@ class Tracer:
         self.ring: Any = None
         self.run: Any = None   # struct run, mapped
         self.counts: Any = None  # struct filter_counts of each CPU and filter, mapped
+        self.histograms: Any = None
+        self.tops: Any = None
         self.rings: Dict[str, Any] = {}  # the ring buffers' consumer and producer positions, mapped
         self.sizes: Dict[str, int] = {}  # entries of maps
         self.links: List[Any] = []
@@ -5528,13 +5825,19 @@ class Tracer:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
         self.run = mmap.mmap(self.map_fd(".bss"), mmap.PAGESIZE)  # struct run
-        size = self.sizes["filter_counts"] * FILTER_COUNTS.size
-        self.counts = mmap.mmap(self.map_fd("filter_counts"), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-        self.count_words = size // 8
+        self.counts = self.mapped("filter_counts", FILTER_COUNTS.size)
+        self.count_words = self.sizes["filter_counts"] * FILTER_COUNTS.size // 8
+        self.histograms = Histograms(self.mapped("histograms", HISTOGRAM.size), self.tables)
+        self.tops = Tops(self.mapped("tops", TOP_SLOT.size), self.tables)
         if hasattr(self.bpf.libc, "malloc_trim"):  # musl has none
             self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF: 5 to 10 MB that it needs no more
         self.fill_tables()
         self.open_ring()
+
+    def mapped(self, name: str, value_bytes: int) -> mmap.mmap:
+        """A map of the kernel side as memory."""
+        size = max(self.sizes[name], 1) * value_bytes
+        return mmap.mmap(self.map_fd(name), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def attachments(self) -> List[Attachment]:
         """What will be attached, in this order."""
@@ -5569,7 +5872,7 @@ class Tracer:
         own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
         cpus = self.bpf.call("libbpf_num_possible_cpus")
         settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, len(EVENT_NAMES), cpus,
-                                 len(self.tables.filters))
+                                 len(self.tables.filters), self.tables.output_counts[OUTPUT_HISTOGRAM])
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
         self.attached = self.attachments()
         needed = {attachment.program for attachment in self.attached}
@@ -5586,6 +5889,8 @@ class Tracer:
             "texts": len(tables.texts), "literals": len(tables.literals), "rows": len(tables.rows),
             "filters": len(tables.filters), "filter_states": len(tables.filters),
             "filter_counts": cpus * len(tables.filters),
+            "histograms": cpus * tables.output_counts[OUTPUT_HISTOGRAM],
+            "tops": 2 * TOP_SLOTS * tables.output_counts[OUTPUT_TOP],
             "groups": tables.group_count, "scratch": 2 * cpus, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
         for name in ("pending", "pending_long"):
             sizes[name] = MAX_PENDING if any(source.at_entry for source in self.sources) else 1
@@ -5802,12 +6107,20 @@ class Tracer:
     def next_tick(self) -> int:
         """Lets every filter take a new sample. Returns the tick that has ended."""
         self.tick += 1
+        self.tops.clear(self.tick)
         self.set_tick()
         return self.tick - 1
 
     def set_tick(self) -> None:
         """Writes the tick into struct run, which the kernel side reads."""
         struct.pack_into("=I", self.run, 0, self.tick & 0xFFFF_FFFF)
+
+    def read_output(self, index: int, ended: int) -> Mapping[Any, int]:
+        """What the kernel side has counted for a filter's output function in the tick that has ended."""
+        member = self.tables.filters[index].spec
+        assert member is not None
+        reader = {OUTPUT_HISTOGRAM: self.histograms.read, OUTPUT_TOP: self.tops.read}.get(member.packed_output.output)
+        return reader(member, ended) if reader is not None else {}
 
     def missed(self) -> Dict[str, int]:
         """What the kernel side could not follow, by cause; it stays readable after detach()."""
@@ -5911,10 +6224,10 @@ class Tracer:
             self.epoll.close()
             self.bpf.library.ring_buffer__free(self.ring)
             self.ring = None
-        for mapped in (self.run, self.counts, *self.rings.values()):
+        for mapped in (self.run, self.counts, self.histograms, self.tops, *self.rings.values()):
             if mapped is not None:
                 mapped.close()
-        self.run = self.counts = None
+        self.run = self.counts = self.histograms = self.tops = None
         self.rings = {}
         if self.object is not None:
             self.bpf.library.bpf_object__close(self.object)
@@ -6363,6 +6676,8 @@ class KernelCounts:
     def tick(self, handle: Callable[[List[bytes]], None]) -> None:
         """Ends the tick; `handle` takes the streamed records that are read along with the samples."""
         ended = self.tracer.next_tick()
+        for index, state in self.states:  # before the counts, so that what is counted here is counted there, too
+            state.output.take(self.tracer.read_output(index, ended))
         counts = self.tracer.read_counts()
         handle(self.tracer.poll_records())
         for index, state in self.states:
@@ -7268,6 +7583,9 @@ PARAMETER_PATTERNS: Dict[Callable[[str, EventType], Any], str] = {
     parse_positive: r"\s*0*[1-9][0-9]{0,9}\s*",
     parse_seconds: r"\s*[0-9]{1,10}\s*",
     parse_multiplier: r"\s*0*([2-9]|[1-9][0-9]{1,9})\s*",
+    parse_k: r"\s*0*([1-9][0-9]?|100)\s*",
+    parse_integer_field: r"\s*[a-z0-9_]+\s*",
+    parse_top_by: r"[^;=]*[^;=\s][^;=]*",
 }
 
 
@@ -7287,14 +7605,19 @@ def schema_when(key: str, value: str, properties: Dict[str, Any]) -> Dict[str, A
     return {"if": {"properties": {key: {"const": value}}, "required": [key]}, "then": {"properties": properties}}
 
 
-def schema_parameters(function: str) -> Dict[str, Any]:
-    """The text `NAME=VALUE;NAME=VALUE` of a processing function."""
-    known = PROCESSING[function].parameters
+def schema_parameters(key: str, function: str, known: Mapping[str, Parameter]) -> Dict[str, Any]:
+    """The text `NAME=VALUE;NAME=VALUE` of a processing or output function, which the member `key` names."""
     pairs = "|".join(rf"\s*{name}\s*={PARAMETER_PATTERNS.get(parameter.parse, '[^;]*')}"
                      for name, parameter in known.items())
-    pattern = rf"^(({pairs})(;({pairs}))*;?)?\s*$"
-    return {"pattern": pattern, "description": f"NAME=VALUE, separated by ';'. Parameters of {function}: "
-                                               f"{', '.join(known)}"}
+    needed = [name for name, parameter in known.items() if parameter.default is None]
+    ahead = "".join(rf"(?=(.*;)?\s*{name}\s*=)" for name in needed)
+    pattern = rf"^{ahead}(({pairs})(;({pairs}))*;?)?\s*$" if known else r"^\s*$"
+    condition = schema_when(key, function, {"parameters": {
+        "pattern": pattern, "description": f"NAME=VALUE, separated by ';'. Parameters of {function}: "
+                                           f"{', '.join(known) or 'none'}"}})
+    if needed:
+        condition["then"]["required"] = ["parameters"]
+    return condition
 
 
 def schema_channel() -> Dict[str, Any]:
@@ -7356,6 +7679,14 @@ def schema_filter() -> Dict[str, Any]:
         "id": schema_text("the processing function's name", enum=list(PROCESSING)),
         "parameters": schema_text("NAME=VALUE, separated by ';'"),
     })
+    output = schema_object("what is sent of the events that passed", ("metrics", "format"), {
+        "metrics": schema_text("alerts_per_sec: one alert for each second in which something passed; top_per_sec and "
+                               "histogram: the same, and how many of the events were of which kind",
+                               enum=list(OUTPUTS)),
+        "parameters": schema_text("NAME=VALUE, separated by ';'"),
+        "format": schema_text("file: " + ", ".join(FORMATS["file"]) + "; grpc: " + ", ".join(FORMATS["grpc"]),
+                              enum=list(formats)),
+    })
     return schema_object("one filter: which events match, which of them pass, and what is sent of those",
                          ("name", "channel", "function", "output"), {
         "id": schema_text("a unique name; default NAME-INDEX, as in open-0", 1),
@@ -7364,14 +7695,10 @@ def schema_filter() -> Dict[str, Any]:
         "stream": schema_text("a label that travels with every alert"),
         "group": schema_text("a label that travels with every alert"),
         "rule": schema_text("which events match, as in: arg1 == '/tmp/a.txt' and ret >= 0; absent or empty: all"),
-        "function": {**function, "allOf": [schema_when("id", name, {"parameters": schema_parameters(name)})
-                                           for name in PROCESSING]},
-        "output": schema_object("what is sent of the events that passed", ("metrics", "format"), {
-            "metrics": schema_text("alerts_per_sec: one alert for each second in which something passed",
-                                   enum=list(OUTPUTS)),
-            "format": schema_text("file: " + ", ".join(FORMATS["file"]) + "; grpc: " + ", ".join(FORMATS["grpc"]),
-                                  enum=list(formats)),
-        }),
+        "function": {**function, "allOf": [schema_parameters("id", name, known.parameters)
+                                           for name, known in PROCESSING.items()]},
+        "output": {**output, "allOf": [schema_parameters("metrics", name, known.parameters)
+                                       for name, known in OUTPUTS.items()]},
     })
 
 
@@ -8303,9 +8630,12 @@ def explain_filter(placement: Placement) -> List[str]:
     """The lines of one filter."""
     member = placement.spec
     names = ", ".join(syscall.name for syscall in syscalls_here(EVENT_TYPES[member.event]))
-    parameters = "; ".join(f"{name}={format_parameter(value)}" for name, value in member.parameters.items() if value)
+    processing, output = (
+        " ".join([name, "; ".join(f"{key}={format_parameter(value)}" for key, value in parameters.items() if value)])
+        .rstrip() for name, parameters in ((member.processing, member.parameters),
+                                           (member.metrics, member.output_parameters)))
     rule = f"rule {escape(member.rule_text.strip())}" if member.rule is not None else "every event matches"
-    counting = f"{member.processing} {parameters}; {member.metrics}"
+    counting = f"{processing}; {output}"
     lines = [f"{escape(member.id)}: event {member.event}, channel {escape(member.channel)}",
              "  kernel: listens to " + (names or "changes of TCP connections")]
     if not placement.reasons:
@@ -8335,7 +8665,8 @@ def describe_row(row: Row, event_type: EventType) -> str:
 
 
 def format_parameter(value: Any) -> str:
-    return ",".join(member.name for member in value) if isinstance(value, tuple) else str(value)
+    fields = value if isinstance(value, tuple) else (value,)
+    return ",".join(member.name if isinstance(member, Field) else str(member) for member in fields)
 
 
 def command_events(options: argparse.Namespace) -> int:

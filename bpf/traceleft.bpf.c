@@ -47,6 +47,7 @@ const volatile __u64 hash_seeds[2] = {};   /* random: nobody outside can make te
 const volatile __u32 event_types = 1;      /* entries of `classes` for each class */
 const volatile __u32 cpus = 1;
 const volatile __u32 filter_count = 1;
+const volatile __u32 histogram_count = 1;
 
 volatile struct run run = {};
 
@@ -119,6 +120,22 @@ struct {
 	__type(key, __u32);
 	__type(value, struct filter_counts);
 } filter_counts SEC(".maps"); /* CPU * filter_count + filter */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct histogram);
+} histograms SEC(".maps"); /* CPU * histogram_count + output_index */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct top_slot);
+} tops SEC(".maps"); /* (2 * output_index + second of two) * TOP_SLOTS + slot */
 
 /* Two, so that a flood of streamed events costs no filter its sample. */
 struct {
@@ -975,6 +992,103 @@ static __always_inline struct group *find_group(const struct record *record, con
 	return bpf_map_lookup_elem(&groups, &key);
 }
 
+/* Where a histogram counts the value: negative, zero, and by the highest bit. */
+static __always_inline __u32 bucket(__u64 value, bool is_signed)
+{
+	__u32 bit = 0;
+
+	if (is_signed && (__s64)value < 0)
+		return 0;
+	if (!value)
+		return 1;
+	for (int step = 32; step; step /= 2) {
+		if (value >> step) {
+			value >>= step;
+			bit += step;
+		}
+	}
+	return bit + 2;
+}
+
+__noinline int count_histogram(const struct record *record, const struct filter *filter)
+{
+	__u32 place, index;
+	struct histogram *histogram;
+
+	if (!record || !filter)
+		return 0;
+	place = bpf_get_smp_processor_id() * histogram_count + filter->output_index;
+	histogram = bpf_map_lookup_elem(&histograms, &place);
+	index = bucket(record->values[filter->output_by[0] % FIELDS], filter->output_signed);
+	if (histogram && index < BUCKETS)
+		histogram->buckets[index]++;
+	return 0;
+}
+
+static __always_inline __u64 hash_output(const struct record *record, const struct filter *filter)
+{
+	__u64 hash = hash_seeds[0];
+
+	for (__u32 i = 0; i < TOP_FIELDS; i++) {
+		__u64 value = record->values[filter->output_by[i] % FIELDS];
+
+		if (i >= filter->output_count)
+			break;
+		hash = filter->output_text[i] ? hash_text(record, value >> 32, (__u32)value, hash) : mix(hash, value);
+	}
+	return hash | 1; /* 0 is a free slot */
+}
+
+/* Says in a new slot which group it is of. */
+static __always_inline void describe(struct top_slot *slot, const struct record *record, const struct filter *filter)
+{
+	for (__u32 i = 0; i < TOP_FIELDS; i++) {
+		__u64 value = record->values[filter->output_by[i] % FIELDS];
+		__u32 length = value;
+
+		if (i >= filter->output_count)
+			break;
+		slot->fields[i].value = filter->output_text[i] ? length : value;
+		if (!filter->output_text[i])
+			continue;
+		if (length > TOP_TEXT - 1)
+			length = TOP_TEXT - 1;
+		bpf_probe_read_kernel(slot->fields[i].text, length & (TOP_TEXT - 1), &record->data[value >> 32 & TEXT_MASK]);
+	}
+}
+
+/* Counts the event in its group. One that finds no slot counts in none: that is the difference to `passed`. */
+__noinline int count_top(const struct record *record, const struct filter *filter)
+{
+	__u32 base, place;
+	__u64 hash, found;
+	struct top_slot *slot;
+
+	if (!record || !filter)
+		return 0;
+	hash = hash_output(record, filter);
+	base = (filter->output_index * 2 + (run.tick & 1)) * TOP_SLOTS;
+	for (__u32 i = 0; i < TOP_PROBES; i++) {
+		place = base + (((__u32)(hash >> 8) + i) & (TOP_SLOTS - 1));
+		slot = bpf_map_lookup_elem(&tops, &place);
+		if (!slot)
+			break;
+		found = *(volatile __u64 *)&slot->hash;
+		if (!found) {
+			found = __sync_val_compare_and_swap(&slot->hash, 0, hash);
+			if (!found) {
+				describe(slot, record, filter);
+				found = hash;
+			}
+		}
+		if (found == hash) {
+			__sync_fetch_and_add(&slot->count, 1);
+			break;
+		}
+	}
+	return 0;
+}
+
 /* Completes the record. */
 static __always_inline void complete(struct record *record, const struct source *source, const struct filter *filter,
 				     __u32 index)
@@ -1085,6 +1199,10 @@ static __always_inline int count_inline(struct record *record, const struct sour
 			return 0;
 		}
 		counts->passed++;
+		if (!plain && filter->output == OUTPUT_HISTOGRAM)
+			count_histogram(record, filter);
+		else if (!plain && filter->output == OUTPUT_TOP)
+			count_top(record, filter);
 		if (state->sampled == now || __sync_lock_test_and_set(&state->sampled, now) == now)
 			return 0;
 	}

@@ -33,6 +33,12 @@ enum limits {
 	MAX_PENDING = 1024,  /* calls between their entry and their exit, of those whose arguments are read at entry */
 	SHORT_DATA_SIZE = 512, /* of such a call, most often */
 	MAX_SOCKETS = 65536, /* connections whose owner is known */
+	BUCKETS = 66,        /* of a histogram: negative, zero, and one for each power of two */
+	BUCKETS_SIZE = 72,   /* the same in whole cache lines */
+	TOP_SLOTS = 512,     /* groups that are counted in one second; a power of two */
+	TOP_PROBES = 8,
+	TOP_FIELDS = 3,      /* that a group is told by */
+	TOP_TEXT = 128,      /* of a text that is shown; one byte less is used */
 };
 
 /* Where an argument's value is found; struct source says it per syscall, so that a new syscall needs no new object. */
@@ -197,6 +203,13 @@ enum processing {
 	PROCESSING_BACKOFF,
 };
 
+/* What is counted of the events that pass, beside their number. */
+enum output {
+	OUTPUT_NONE,
+	OUTPUT_HISTOGRAM, /* of one integer field */
+	OUTPUT_TOP,       /* each group of some fields */
+};
+
 struct filter {
 	__u64 frequency; /* backoff: `multiplier` */
 	__u64 threshold; /* limit, backoff: `count` */
@@ -206,6 +219,12 @@ struct filter {
 	__u32 by_count;
 	__u32 processing; /* enum processing */
 	__u32 seconds;    /* of the window in which `threshold` counts; 0: for ever */
+	__u32 output;     /* enum output */
+	__u32 output_index; /* which of `histograms` or `tops` */
+	__u8 output_count;
+	__u8 output_signed;
+	__u8 output_by[TOP_FIELDS]; /* enum field */
+	__u8 output_text[TOP_FIELDS];
 	__u8 by[MAX_BY]; /* enum field */
 	__u8 by_text[MAX_BY];
 };
@@ -238,6 +257,24 @@ struct filter_counts {
 	__u64 submitted; /* records in the ring */
 	__u64 ring_full; /* records that did not fit */
 	__u64 reserved[3]; /* a cache line of its own */
+};
+
+/* One filter's histogram on one CPU. traceleft.py maps these, and the groups below, as it does struct filter_counts. */
+struct histogram {
+	__u64 buckets[BUCKETS_SIZE];
+};
+
+struct top_field {
+	__u64 value; /* of an integer; the length of a text */
+	__u8 text[TOP_TEXT];
+};
+
+/* A group and how many events of the second were in it. A filter has two tables of them: one for the second that it is,
+ * and one that traceleft.py reads and then clears. */
+struct top_slot {
+	__u64 hash; /* 0: free */
+	__u64 count;
+	struct top_field fields[TOP_FIELDS];
 };
 
 /* Who a connection belongs to: what softirq, where a handshake or a connection may end, cannot tell. */
@@ -300,7 +337,7 @@ struct event_header {
 _Static_assert(sizeof(struct argument) == 16, "traceleft.py: ARGUMENT");
 _Static_assert(sizeof(struct source) == 24 + MAX_ARGS * 16, "traceleft.py: SOURCE");
 _Static_assert(sizeof(struct dimension) == 40, "traceleft.py: DIMENSION");
-_Static_assert(sizeof(struct filter) == 88, "traceleft.py: FILTER");
+_Static_assert(sizeof(struct filter) == 104, "traceleft.py: FILTER");
 _Static_assert(sizeof(struct filter_state) == 64, "a cache line");
 _Static_assert(sizeof(struct filter_counts) == 64, "a cache line");
 _Static_assert(sizeof(struct event_header) == 200, "traceleft.py: HEADER");
