@@ -621,7 +621,8 @@ class TestEvents:
                 slots.append(len(text) | len(texts) << 32)
                 texts += text
             else:
-                slots += [data.draw(st.integers(0, 2**64 - 1)) for _ in range(2 if argument.type.bits > 64 else 1)]
+                most = 2**(argument.type.address_bits or 64) - 1
+                slots += [data.draw(st.integers(0, min(most, 2**64 - 1))) for _ in range(2 if argument.type.bits > 64 else 1)]
         files = [0, 0]
         for i in range(data.draw(st.integers(0, 2))):
             files[i] = 3 | len(texts) << 32

@@ -912,8 +912,9 @@ def format_args(event: Event) -> str:
 
 def format_event(event: Event) -> str:
     """The line that `trace` without a spec prints."""
-    return (f"name {event.name} pid {event.pid} program id {event.program_id} return value {event.ret} "
-            f"hash {event.hash} {format_args(event)}" + (" [container]" if event.in_container else ""))
+    words = (f"name {event.name} pid {event.pid} program id {event.program_id} return value {event.ret} "
+             f"hash {event.hash}", format_args(event), "[container]" if event.in_container else "")
+    return " ".join(filter(None, words))
 
 
 HEADER_OFFSETS = {name: struct.calcsize("=" + "".join(code for _, code in HEADER_FIELDS[:index]))
