@@ -2199,6 +2199,38 @@ class TestGrpcChannel:
         for collector in collectors:
             collector.stop()
 
+    @pytest.mark.live
+    @pytest.mark.skipif(os.geteuid() != 0, reason="puts a name into /etc/hosts, in a mount namespace of its own")
+    def test_a_collector_that_moves_is_found(self, tmp_path):
+        (tmp_path / "hosts").write_text("127.0.0.1 wanders\n")
+        old = traceleft.Collector("127.0.0.1:0")
+        new = traceleft.Collector(f"127.0.0.2:{old.port}")
+        code = f"""if True:
+            import sys, threading, traceleft
+            aggregator = traceleft.Aggregator({grpc_spec(1)!r}, insecure=True)
+            for second in range(1000):
+                aggregator.add(traceleft.make_event("open", "x"))
+                aggregator.flush(float(second))
+                if sys.stdin.readline() == "end\\n":
+                    break
+            aggregator.close()
+            assert aggregator.accounts["open-0"].delivered == second + 1""".replace("localhost:1", f"wanders:{old.port}")
+        agent = subprocess.Popen(["unshare", "-m", "sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"', "sh",
+                                  sys.executable, "-c", code], cwd=HERE, stdin=subprocess.PIPE, text=True)
+        try:
+            wait_until(old.snapshot, "an alert")
+            old.stop()
+            (tmp_path / "hosts").write_text("127.0.0.2 wanders\n")
+            agent.stdin.write("go on\n")
+            agent.stdin.flush()
+            wait_until(new.snapshot, "an alert at the new place")
+            agent.communicate("end\n", timeout=DEADLINE)
+            assert agent.returncode == 0
+        finally:
+            agent.kill()
+            agent.wait()
+            new.stop()
+
     def test_gzip(self, generated):
         sent = {}
         for gzip in (False, True):
