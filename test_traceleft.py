@@ -5233,7 +5233,7 @@ class TestMetrics:
 
     def test_slow_clients_hold_up_nobody(self, monkeypatch):
         """One byte a client, more clients than there is room for, and some that do not read a large answer."""
-        monkeypatch.setattr(traceleft.MetricsServer, "CLIENT_TIMEOUT", 1.0)
+        monkeypatch.setattr(traceleft.MetricsServer, "CLIENT_TIMEOUT", 0.7)
         large = {"traceleft_lost_samples": [({"x": "y" * 1000}, n) for n in range(20_000)]}
         with Served(lambda: large) as served, contextlib.ExitStack() as stack:
             for _ in range(8):
@@ -5252,6 +5252,13 @@ class TestMetrics:
             for _ in range(100):
                 assert served.get()[0] == 200
         assert len(taken) <= 20
+
+    def test_figures_that_cannot_be_had_are_said(self):
+        def figures():
+            raise OSError(1, "no")
+        with Served(figures) as served:
+            status, _, body = served.get()
+            assert (status, body) == (500, b"[Errno 1] no\n") and served.get("/")[0] == 200
 
     def test_causes_of_loss_are_known(self):
         """All that the program can count as lost by a channel is said as 0 from the start."""
@@ -5510,16 +5517,17 @@ class TestInstall:
         assert "ExecStart=/usr/bin/traceleft trace --spec /etc/traceleft/spec.json" in unit
 
     def test_uninstall_leaves_nothing_but_an_edited_spec(self, tmp_path):
-        for edited in (False, True):
-            make("install", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")
-            assert "ExecStart=/opt/x/bin/traceleft trace --spec /opt/etc/traceleft/spec.json" in (
-                tmp_path / "opt/x/lib/systemd/system/traceleft.service").read_text()
-            if edited:
-                (tmp_path / "opt/etc/traceleft/spec.json").write_text(json.dumps(a_spec()))
-            make("install", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")  # again: it keeps the spec
-            make("uninstall", DESTDIR=tmp_path, PREFIX="/opt/x", SYSCONFDIR="/opt/etc")
-            assert self.files(tmp_path) == ({"opt/etc/traceleft/spec.json"} if edited else set())
-        assert json.loads((tmp_path / "opt/etc/traceleft/spec.json").read_text()) == a_spec()
+        options = {"DESTDIR": tmp_path, "PREFIX": "/opt/x", "SYSCONFDIR": "/opt/etc"}
+        make("install", **options)
+        assert "ExecStart=/opt/x/bin/traceleft trace --spec /opt/etc/traceleft/spec.json" in (
+            tmp_path / "opt/x/lib/systemd/system/traceleft.service").read_text()
+        make("uninstall", **options)
+        assert self.files(tmp_path) == set()
+        (tmp_path / "opt/etc/traceleft").mkdir()
+        edited = write_spec(tmp_path / "opt/etc/traceleft/spec.json", a_spec())
+        make("install", **options)
+        make("uninstall", **options)
+        assert self.files(tmp_path) == {"opt/etc/traceleft/spec.json"} and json.loads(edited.read_text()) == a_spec()
 
     def test_the_unit_is_valid_and_hardened(self, installed, tmp_path):
         unit = (installed / "usr/lib/systemd/system/traceleft.service").read_text()
@@ -5807,6 +5815,7 @@ class TestCompletion:
         (["trace", "--spec", "{folder}/sp"], {"{folder}/spec one.json"}), (["--vers"], {"--version"}),
         (["trace", "--follow", "42:7:open,clos"], {"close", "close_range", "close_v4", "close_v6"}),
         (["trace", "--duration", "1", "timerfd_c"], {"timerfd_create"}), (["completion", "z"], {"zsh"}), (["man", "x"], set()),
+        (["trace", "--user", "nobod"], {"nobody"}),
     ]
 
     def check(self, scripts, found, wanted):

@@ -6882,11 +6882,17 @@ def process_figures() -> Figures:
     build = {"version": VERSION, "python": platform.python_version(), "kernel": platform.release(),
              "machine": platform.machine()}
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
     return {"traceleft_build": [(build, 1)], "process_cpu_seconds": [({}, time.process_time())],
             "process_resident_memory_bytes": [({}, resident)],
             "process_open_fds": [({}, len(os.listdir("/proc/self/fd")))],
-            "process_start_time_seconds": [({}, time.time() - boot_time() + started)]}
+            "process_start_time_seconds": [({}, started_at())]}
+
+
+@functools.lru_cache(None)
+def started_at() -> float:
+    """When this process started, in Unix time: found out once, so that it is the same in every answer."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return round(time.time() - boot_time() + ticks / os.sysconf("SC_CLK_TCK"), 2)
 
 
 def run_figures(tracer: Tracer, accounts: Iterable[Account], spec: Optional[Spec] = None,
@@ -7066,7 +7072,11 @@ class MetricsServer:
             return http_response("200 OK", self.INDEX, head_only=method == "HEAD")
         accept = ",".join(line.partition(":")[2] for line in lines if line.lower().startswith("accept:"))
         openmetrics = prefers_openmetrics(accept)
-        return http_response("200 OK", self.text(openmetrics), TEXT_TYPES[openmetrics], head_only=method == "HEAD")
+        try:
+            text = self.text(openmetrics)
+        except OSError as error:  # of /proc, or of the kernel's figures of a program: no reason to stop tracing
+            return http_response("500 Internal Server Error", f"{error}\n".encode())
+        return http_response("200 OK", text, TEXT_TYPES[openmetrics], head_only=method == "HEAD")
 
     def text(self, openmetrics: bool) -> bytes:
         """The metrics, at most MAX_AGE seconds old."""
@@ -7720,6 +7730,7 @@ def spec_schema() -> Dict[str, Any]:
 # ======================================================================================================================
 
 COMPLETED = {"FILE": "files", "SPEC": "files", "SELECTOR": "events", "NAME": "events"}  # by metavar; others: nothing
+COMPLETED_OPTIONS = {"--user": "users"}
 PROGRAMS_COMPLETED = ("traceleft", "traceleft.py")
 
 
@@ -7734,8 +7745,9 @@ class Option(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is offered for its value: files, events, words or nothing."""
-        return "words" if self.choices else COMPLETED.get(self.metavar, "")
+        """What is offered for its value: files, events, users, words or nothing."""
+        named = [COMPLETED_OPTIONS[name] for name in self.names if name in COMPLETED_OPTIONS]
+        return "words" if self.choices else named[0] if named else COMPLETED.get(self.metavar, "")
 
 
 class Command(NamedTuple):
@@ -7778,7 +7790,7 @@ def parser_commands(parser: argparse.ArgumentParser) -> List[Command]:
 
 def bash_words(option: Option) -> str:
     """The command that offers an option's values."""
-    return {"files": "_traceleft_files", "events": "_traceleft_events", "": ":",
+    return {"files": "_traceleft_files", "events": "_traceleft_events", "users": "_traceleft_users", "": ":",
             "words": f"_traceleft_words '{' '.join(option.choices)}'"}[option.kind]
 
 
@@ -7799,6 +7811,7 @@ def complete_bash(parser: argparse.ArgumentParser) -> str:
     return f"""# bash completion of traceleft.py; source it, or install it as completions/traceleft
 _traceleft_words() {{ mapfile -t COMPREPLY < <(compgen -W "$1" -- "$current"); }}
 _traceleft_files() {{ compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$current"); }}
+_traceleft_users() {{ mapfile -t COMPREPLY < <(compgen -u -- "$current"); }}
 _traceleft_events() {{  # of a selector, what is behind the last comma or colon
     [[ $COMP_WORDBREAKS == *:* ]] && current=${{current##*:}}
     local before=${{current%"${{current##*[,:]}}"}}
@@ -7831,7 +7844,7 @@ def zsh_escape(text: str) -> str:
 
 def zsh_argument(option: Option) -> List[str]:
     """The arguments of _arguments for an option, one for each of its names."""
-    action = {"files": "_files", "events": "_traceleft_events", "": " ",
+    action = {"files": "_files", "events": "_traceleft_events", "users": "_users", "": " ",
               "words": f"({' '.join(option.choices)})"}[option.kind]
     value = f":{zsh_escape(option.metavar)}:{action}" if option.metavar else ""
     if not option.names:
@@ -7881,8 +7894,8 @@ def fish_quote(text: str) -> str:
 def fish_option(condition: str, option: Option) -> str:
     """The line for an option, or for a positional argument's values."""
     names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
-    values = {"files": "-r -F", "events": "-x -a '(__traceleft_events)'", "": "-x",
-              "words": f"-x -a {fish_quote(' '.join(option.choices))}"}[option.kind]
+    values = {"files": "-r -F", "events": "-x -a '(__traceleft_events)'", "users": "-x -a '(__fish_complete_users)'",
+              "": "-x", "words": f"-x -a {fish_quote(' '.join(option.choices))}"}[option.kind]
     words = ["  complete -c $program -n", fish_quote(condition), names, values if option.metavar else "",
              f"-d {fish_quote(option.help if option.names else option.metavar)}"]
     return " ".join(word for word in words if word)
