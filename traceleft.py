@@ -7501,8 +7501,9 @@ class Estimate:
         self.spec = spec
         self.scales = {channel.id: Scale(channel) for channel in spec.used_channels}
         parameters = {name: parameter.default for name, parameter in Sigma.parameters.items()}
+        events = dict.fromkeys(member.event for member in spec.filters)
         every = [Filter(self.EVERY + name, name, self.EVERY, "", "", "", None, Sigma.name, parameters,
-                        AlertsPerSec.name, {}, "text") for name in dict.fromkeys(member.event for member in spec.filters)]
+                        AlertsPerSec.name, {}, "text") for name in events]
         self.counting = DryRun(Spec(spec.channels, (*spec.filters, *every)),
                                {**self.scales, self.EVERY: Scale(spec.channels[0])})
         for scale in self.scales.values():
