@@ -5246,6 +5246,21 @@ class TestMetrics:
             wait_until(lambda: not served.server.clients, "all have had their time")
             assert slow[-1].recv(1) == b""
 
+    def test_without_descriptors_the_oldest_client_makes_room(self):
+        class Full:
+            def accept(self):
+                raise OSError(24, "EMFILE")
+
+        server = traceleft.MetricsServer(("127.0.0.1", 0))
+        listener = server.listener
+        with socket.create_connection(listener.getsockname()) as client:
+            wait_until(lambda: server.serve() or server.clients, "it has been accepted")
+            server.listener = Full()
+            server.accept()
+            assert not server.clients and client.recv(1) == b""
+        server.listener = listener
+        server.close()
+
     def test_a_flood_of_requests_takes_the_figures_seldom(self):
         taken = []
         with Served(lambda: taken.append(1) or {}) as served:
@@ -5273,7 +5288,8 @@ class TestMetrics:
 
     def test_a_taken_port_and_a_foreign_address(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            for address, message in ((taken.getsockname()[:2], "in use"), (("192.0.2.1", 1), "assign"), (("nope.invalid", 1), "")):
+            for address, message in ((taken.getsockname()[:2], "in use"), (("192.0.2.1", 1), "assign"), (("nope.invalid", 1), ""),
+                                     (("a..b", 1), "no host's name")):
                 with pytest.raises(traceleft.TraceleftError, match=f"cannot listen on {address[0]} port {address[1]}: .*{message}"):
                     traceleft.MetricsServer(address)
 

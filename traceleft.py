@@ -7,6 +7,7 @@ examples:
   traceleft.py trace open,close                         print every open and close of every process
   traceleft.py trace 42:1234,1235:read                  print the reads of two processes, as program 42
   traceleft.py check spec/*.json                        validate specs, without root
+  traceleft.py explain SPEC --estimate 10               what a spec brings and costs on this host, sending nothing
   traceleft.py collect                                  receive what a grpc channel sends
   traceleft.py events open                              arguments of an event type and the syscalls behind it
   traceleft.py doctor                                   what this host has and lacks
@@ -6981,8 +6982,9 @@ class MetricsServer:
         try:
             family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
             self.listener = socket.create_server(place[:2], family=family, backlog=self.MAX_CLIENTS)
-        except OSError as error:
-            raise TraceleftError(f"--metrics: cannot listen on {address[0]} port {address[1]}: {error.strerror}; "
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "that is no host's name"
+            raise TraceleftError(f"--metrics: cannot listen on {escape(address[0])} port {address[1]}: {reason}; "
                                  "'ss -ltnp' tells who has a port") from None
         self.listener.setblocking(False)
         self.selector = selectors.EpollSelector()
@@ -7015,7 +7017,9 @@ class MetricsServer:
     def accept(self) -> None:
         try:
             connection, _ = self.listener.accept()
-        except OSError:  # it has gone again, or there are no descriptors left: the next serve() tries
+        except OSError as error:  # it has gone again
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self.clients:  # else the loop would not rest
+                self.drop(next(iter(self.clients.values())))
             return
         if len(self.clients) >= self.MAX_CLIENTS:
             self.drop(next(iter(self.clients.values())))
