@@ -6672,10 +6672,10 @@ class TestFaults:
         spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool"}}), names))
         kills = length(1, 20)
         with Load(*names):
-            for _ in range(kills):
+            for number in range(kills):
                 with Agent("trace", "--spec", spec, "--collector-insecure") as agent:
                     ids = program_ids(agent.process.pid)
-                    wait_until(lambda: list((tmp_path / "spool").glob("*.spool")), "something is spooled")
+                    wait_until(lambda runs=number: len(list((tmp_path / "spool").glob("*.spool"))) > runs, "something is spooled")
                     time.sleep(random.uniform(0.5, 1.5))
                     agent.process.kill()
                 assert ids
