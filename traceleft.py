@@ -536,9 +536,8 @@ assert all(e.traits <= set(TRAITS) for e in EVENT_TYPES.values())
 # Fields that every event has: name -> whether it is text. pid is the process (the kernel's tgid), tid the thread.
 COMMON_FIELDS: Dict[str, bool] = {
     "ret": False, "pid": False, "tid": False, "ppid": False, "uid": False, "gid": False, "euid": False, "comm": True,
-    "program_id": False, "mntns": False, "netns": False, "pidns": False,
+    "program_id": False, "mntns": False, "netns": False, "pidns": False, "exe": True, "cgroup": True, "container": True,
 }
-PROCESS_FIELDS: Dict[str, bool] = {"exe": True, "cgroup": True, "container": True}  # of syscalls only
 
 # The syscalls by name, with their numbers on x86_64 and on aarch64 where they have one: arch/x86/entry/syscalls/
 # syscall_64.tbl and include/uapi/asm-generic/unistd.h.
@@ -1237,7 +1236,7 @@ def event_fields(event_type: EventType) -> Dict[str, Field]:
         fields[argument.name] = fields[f"arg{index + 1}"] = Field(
             argument.name, index, argument.is_text, argument.is_signed, argument.slot, argument.type.address_bits,
             is_derived=argument.type.is_cooked)
-    common = dict(COMMON_FIELDS if event_type.is_tcp else {**COMMON_FIELDS, **PROCESS_FIELDS})
+    common = dict(COMMON_FIELDS)
     if event_type.path_argument is not None:
         common["path"] = True
     fields.update({name: Field(name, -1, text, name == "ret", is_derived=name == "container")
@@ -3531,8 +3530,8 @@ def format_text(alert: Alert) -> str:
     event, flags = shown_event(alert)
     return (f"COUNT: {alert.count}\n"
             f"EVENT: {{Timestamp:{event.timestamp_ns} ProgramID:{event.program_id} Pid:{event.pid} Ret:{event.ret} "
-            f"Name:{event.name} Hash:{event.hash} Flags:{flags}}} {format_args(event)}"
-            f"{' [container]' if event.in_container else ''}\n"
+            f"Name:{event.name} Hash:{event.hash} Flags:{flags}}} {format_args(event)}".rstrip()
+            + f"{' [container]' if event.in_container else ''}\n"
             + (f"{alert.detail.format()}\n" if alert.detail is not None else "") + "\n")
 
 

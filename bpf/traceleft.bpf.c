@@ -298,32 +298,40 @@ __noinline int climb(struct record *record)
 	return 0;
 }
 
-/* Puts the path of a file before what there is of the record's. Its root is that of the process. */
-__noinline int prepend_path(struct record *record, __u64 dentry, __u64 vfsmount)
+/* Puts the path of a file before what there is of the record's, up to the root that the record names. */
+__noinline int prepend_path_below_root(struct record *record)
 {
-	struct task_struct *task = current_task();
+	struct dentry *dentry;
 	__u32 end;
 
 	if (!record)
 		return 0;
 	end = record->at;
-	record->dentry = dentry;
-	record->vfsmount = vfsmount;
+	dentry = (void *)record->dentry;
 	if (name_pseudo_file(record))
 		return 0;
-	if (!BPF_CORE_READ((struct dentry *)dentry, d_hash.pprev) &&
-	    BPF_CORE_READ((struct dentry *)dentry, d_parent) != (void *)dentry) {
+	if (!BPF_CORE_READ(dentry, d_hash.pprev) && BPF_CORE_READ(dentry, d_parent) != dentry) {
 		PREPEND(record, " (deleted)");
 		end = 0;
 	}
-	record->root_dentry = (__u64)BPF_CORE_READ(task, fs, root.dentry);
-	record->root_vfsmount = (__u64)BPF_CORE_READ(task, fs, root.mnt);
 	for (int i = 0; i < MAX_CLIMBS; i++)
 		if (climb(record))
 			break;
 	if (record->at == end && (end >= TEXT_SIZE || record->data[end & TEXT_MASK] != '/'))
 		PREPEND(record, "/"); /* the root itself */
 	return 0;
+}
+
+/* The same, up to the root of the process. */
+static __always_inline void prepend_path(struct record *record, __u64 dentry, __u64 vfsmount)
+{
+	struct task_struct *task = current_task();
+
+	record->dentry = dentry;
+	record->vfsmount = vfsmount;
+	record->root_dentry = (__u64)BPF_CORE_READ(task, fs, root.dentry);
+	record->root_vfsmount = (__u64)BPF_CORE_READ(task, fs, root.mnt);
+	prepend_path_below_root(record);
 }
 
 static __always_inline struct file *descriptor_file(struct task_struct *task, __s32 fd)
@@ -428,12 +436,14 @@ static __always_inline struct kernfs_node *kernfs_parent(struct kernfs_node *nod
 	return BPF_CORE_READ((struct kernfs_node___6_15 *)node, __parent);
 }
 
-/* The path of the process's cgroup of version 2. */
-static __always_inline __u64 cgroup_path(struct record *record)
+/* The path of a cgroup of version 2. */
+__noinline __u64 cgroup_path(struct record *record, __u64 cgroup)
 {
-	struct kernfs_node *node = BPF_CORE_READ(current_task(), cgroups, dfl_cgrp, kn), *parent;
+	struct kernfs_node *node = (void *)cgroup, *parent;
 	__s64 size;
 
+	if (!record)
+		return 0;
 	begin_path(record, CGROUP_OFFSET);
 	for (int i = 0; i < MAX_CGROUPS && node; i++) {
 		parent = kernfs_parent(node);
@@ -444,7 +454,7 @@ static __always_inline __u64 cgroup_path(struct record *record)
 			break;
 		node = parent;
 	}
-	if (record->at == CGROUP_OFFSET + REGION_SIZE)
+	if (record->at == CGROUP_OFFSET + REGION_SIZE && cgroup)
 		PREPEND(record, "/");
 	return end_path(record, CGROUP_OFFSET);
 }
@@ -648,7 +658,7 @@ __noinline int fetch_more(struct record *record, const struct source *source, __
 	if (mask >> FIELD_EXE & 1)
 		record->values[FIELD_EXE] = file_path(record, BPF_CORE_READ(task, mm, exe_file), EXE_OFFSET);
 	if (mask >> FIELD_CGROUP & 1)
-		record->values[FIELD_CGROUP] = cgroup_path(record);
+		record->values[FIELD_CGROUP] = cgroup_path(record, (__u64)BPF_CORE_READ(task, cgroups, dfl_cgrp, kn));
 	for (int i = 0; i < MAX_FILES; i++)
 		if (mask >> (FIELD_FILE + i) & 1)
 			record->values[FIELD_FILE + i] = argument_file(record, source, i);
@@ -1510,6 +1520,9 @@ enum { /* include/net/tcp_states.h */
 
 static __always_inline void fill_owner(struct owner *owner, struct task_struct *task)
 {
+	struct kernfs_node *cgroup;
+	struct file *exe;
+
 	owner->pid = BPF_CORE_READ(task, tgid);
 	owner->tid = BPF_CORE_READ(task, pid);
 	owner->ppid = BPF_CORE_READ(task, real_parent, tgid);
@@ -1521,6 +1534,57 @@ static __always_inline void fill_owner(struct owner *owner, struct task_struct *
 	owner->in_container = BPF_CORE_READ(task, thread_pid, level) > 0;
 	owner->established = 0;
 	bpf_core_read(&owner->comm, sizeof(owner->comm), &task->comm);
+	exe = BPF_CORE_READ(task, mm, exe_file);
+	owner->exe_dentry = (__u64)BPF_CORE_READ(exe, f_path.dentry);
+	owner->exe_vfsmount = (__u64)BPF_CORE_READ(exe, f_path.mnt);
+	owner->exe_inode = (__u64)BPF_CORE_READ(exe, f_inode);
+	owner->root_dentry = (__u64)BPF_CORE_READ(task, fs, root.dentry);
+	owner->root_vfsmount = (__u64)BPF_CORE_READ(task, fs, root.mnt);
+	cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn);
+	owner->cgroup = (__u64)cgroup;
+	owner->cgroup_id = BPF_CORE_READ(cgroup, id);
+}
+
+/* A dying process leaves its memory and its namespaces before its files are closed: what was known of it by then. */
+static __always_inline void remember_owner(struct owner *owner, const struct owner *known)
+{
+	if (known->pid != owner->pid)
+		return;
+	if (!owner->mntns)
+		owner->mntns = known->mntns;
+	if (owner->exe_dentry || *(__u64 *)owner->comm != *(__u64 *)known->comm ||
+	    *(__u64 *)&owner->comm[8] != *(__u64 *)&known->comm[8]) /* it runs another program by now */
+		return;
+	owner->exe_dentry = known->exe_dentry;
+	owner->exe_vfsmount = known->exe_vfsmount;
+	owner->exe_inode = known->exe_inode;
+	owner->root_dentry = known->root_dentry;
+	owner->root_vfsmount = known->root_vfsmount;
+}
+
+/* The paths of the owner's program and group, which is not always the current task. */
+__noinline int fetch_owner(struct record *record)
+{
+	struct kernfs_node *cgroup;
+	struct dentry *dentry;
+
+	if (!record)
+		return 0;
+	begin_path(record, EXE_OFFSET);
+	dentry = (void *)record->owner.exe_dentry;
+	if (dentry && (__u64)BPF_CORE_READ(dentry, d_inode) == record->owner.exe_inode) {
+		record->dentry = (__u64)dentry;
+		record->vfsmount = record->owner.exe_vfsmount;
+		record->root_dentry = record->owner.root_dentry;
+		record->root_vfsmount = record->owner.root_vfsmount;
+		prepend_path_below_root(record);
+	}
+	record->values[FIELD_EXE] = end_path(record, EXE_OFFSET);
+	cgroup = (void *)record->owner.cgroup;
+	record->values[FIELD_CGROUP] = 0;
+	if (cgroup && BPF_CORE_READ(cgroup, id) == record->owner.cgroup_id)
+		record->values[FIELD_CGROUP] = cgroup_path(record, (__u64)cgroup);
+	return 0;
 }
 
 static __always_inline __u64 host_order(const __be32 *words)
@@ -1591,7 +1655,8 @@ __noinline int tcp_event(struct record *record, __u64 sock, __u32 kind, __u64 re
 	record->values[FIELD_MNTNS] = owner->mntns;
 	record->values[FIELD_PIDNS] = owner->pidns;
 	record->values[FIELD_NETNS] = BPF_CORE_READ((struct sock *)sock, __sk_common.skc_net.net, ns.inum);
-	record->values[FIELD_PATH] = record->values[FIELD_EXE] = record->values[FIELD_CGROUP] = 0;
+	fetch_owner(record);
+	record->values[FIELD_PATH] = 0;
 	record->values[FIELD_FILE] = record->values[FIELD_FILE_1] = 0;
 	__builtin_memcpy(&record->data[COMM_OFFSET], owner->comm, COMM_SIZE);
 	for (; length < COMM_SIZE - 1 && record->data[COMM_OFFSET + length]; length++)
@@ -1655,8 +1720,8 @@ int tcp_state(__u64 *context)
 			fill_owner(owner, task);
 		else if (!known)
 			return 0;
-		if (!owner->mntns && known && known->pid == owner->pid)
-			owner->mntns = known->mntns; /* a dying process leaves its namespaces before its files are closed */
+		if (known)
+			remember_owner(owner, known);
 	} else if (new != TCP_CLOSE || !known) { /* reset by the peer; nobody has accepted it */
 		return 0;
 	}

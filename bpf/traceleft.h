@@ -277,8 +277,13 @@ struct top_slot {
 	struct top_field fields[TOP_FIELDS];
 };
 
-/* Who a connection belongs to: what softirq, where a handshake or a connection may end, cannot tell. */
+/* Who a connection belongs to: what softirq, where a handshake or a connection may end, cannot tell. The program and the
+ * group are noted as the kernel's structures, and named when an event is reported: their paths are long. */
 struct owner {
+	__u64 exe_dentry, exe_vfsmount;
+	__u64 exe_inode; /* by which the dentry is known to be the same still */
+	__u64 root_dentry, root_vfsmount;
+	__u64 cgroup, cgroup_id; /* struct kernfs_node, and its id for the same purpose */
 	__u32 pid, tid, ppid, uid, gid, euid, mntns, pidns;
 	__u32 in_container;
 	__u32 established; /* has been reported as connected or accepted */

@@ -165,6 +165,7 @@ struct cred {
 struct kernfs_node {
 	struct kernfs_node *parent;
 	const char *name;
+	__u64 id;
 };
 
 struct kernfs_node___6_15 { /* since Linux 6.15 */
