@@ -6234,6 +6234,12 @@ class TestBadHosts:
         done = run("trace", "mkdir", "--duration", "0.2", "--summary", tmp_path / "fifo")
         assert done.returncode == 1 and "cannot write --summary" in done.stderr and '"balanced": true' in done.stderr
 
+    def test_a_long_message_of_libbpf_is_whole(self):
+        """The verifier's log is one, and says at its end what is wrong."""
+        bpf = traceleft.Libbpf()
+        bpf.library.bpf_object__open(b"/" + b"x" * 20_000)
+        assert any("x" * 20_000 in line and line.endswith("File name too long") for line in bpf.log)
+
     def test_the_log_of_libbpf_is_shown_with_v(self):
         assert "libbpf:" in run("trace", "mkdir", "--duration", "0.2", "-v").stderr
 

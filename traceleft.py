@@ -5219,7 +5219,10 @@ class Libbpf:
 
     def print_line(self, level: int, template: bytes, arguments: int) -> int:
         """libbpf's print callback; a va_list is passed on as the pointer that it is on x86_64 and aarch64."""
-        buffer = ctypes.create_string_buffer(8192)
+        # The verifier's log is one message of up to 16 MB, and says why at its end. What a va_list points to is used up
+        # by reading it: its size is found with a copy, of 24 bytes on x86_64 and 32 on aarch64.
+        size = self.libc.vsnprintf(None, 0, template, ctypes.create_string_buffer(ctypes.string_at(arguments, 32), 32))
+        buffer = ctypes.create_string_buffer(max(size, 0) + 1)
         self.libc.vsnprintf(buffer, len(buffer), template, arguments)
         for line in decode_text(buffer.value).splitlines():
             self.log.append(line)
@@ -6216,7 +6219,8 @@ class Tracer:
         """Stops tracing; what is in the ring can still be read."""
         with contextlib.suppress(IndexError):  # and not `while self.links`: another thread may be at it too
             while True:
-                self.bpf.library.bpf_link__destroy(self.links.pop())
+                link = self.links.pop()  # before self.bpf is looked at, which there may not be yet
+                self.bpf.library.bpf_link__destroy(link)
 
     def close(self) -> None:
         """Detaches and frees everything; can be called twice."""
