@@ -3339,7 +3339,8 @@ def check_writable(path: str) -> None:
             check_log(name, found, directory)
         mode = os.W_OK if found is not None else os.W_OK | os.X_OK
         if not os.access(name if found is not None else ".", mode, dir_fd=directory, effective_ids=True):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            code = errno.EROFS if os.fstatvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(code, os.strerror(code))
     finally:
         os.close(directory)
 
