@@ -2244,19 +2244,34 @@ class TestGrpcChannel:
                 assert len(server.metrics) == 20
         assert sent[True] < sent[False] / 4
 
-    def test_a_token_is_sent_and_read_anew(self, generated, certificates, tmp_path):
+    def test_each_kind_of_problem_is_said_once(self, generated, capsys):
+        with ProtoServer(generated, failures=2) as server:
+            port = server.port
+            aggregator = self.run_seconds(port, 1)
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 2, "the first alert")
+        aggregator.add(an_open())
+        aggregator.flush(2.0)
+        wait_until(lambda: aggregator.channels["1"].figures()["failures"] > 3, "two more failures")
+        with ProtoServer(generated, port, failures=1):
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 3, "the second alert")
+            aggregator.close()
+        said = [line.split(": ", 2)[2].partition(":")[0] if "sent again" in line else line[-18:] for line in capsys.readouterr().err.splitlines()]
+        assert said == ["RESOURCE_EXHAUSTED", "acknowledges again", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "acknowledges again"]
+
+    def test_a_token_is_sent_and_read_anew(self, generated, certificates, tmp_path, capsys):
         token = tmp_path / "token"
         token.write_text("first\n")
         options = {"tls": {"ca": f"{certificates}/ca.pem"}, "token_file": str(token)}
         with ProtoServer(generated, credentials=server_credentials(certificates)) as server:
             aggregator = Aggregator(grpc_spec(server.port, options))
-            for number, text in enumerate(("first", "second", None)):
-                token.write_text(text) if text else token.unlink()
+            for number, text in enumerate(("first", "second", None, None)):
+                token.write_text(text) if text else token.unlink(missing_ok=True)
                 aggregator.add(an_open())
                 aggregator.flush(float(number))
                 wait_until(lambda wanted=number + 1: aggregator.accounts["open-0"].delivered == wanted, "an alert")
             aggregator.close()
-        assert [metadata["authorization"] for metadata in server.metadata] == ["Bearer first", "Bearer second", "Bearer second"]
+        assert [metadata["authorization"] for metadata in server.metadata] == ["Bearer first", *["Bearer second"] * 3]
+        assert capsys.readouterr().err.count("No such file or directory; the token that was read is used") == 1
 
     def test_both_sides_show_certificates(self, generated, certificates):
         options = {"tls": {"ca": f"{certificates}/ca.pem", "cert": f"{certificates}/client.pem", "key": f"{certificates}/client.key",

@@ -4291,7 +4291,8 @@ class GrpcChannel(Channel):
         self.batch_size = MAX_STREAM_ALERTS
         self.call: Any = None
         self.token = ""
-        self.failing = False
+        self.stale = False                # the token file cannot be read any more
+        self.said: Set[str] = set()       # kinds of problems that have been said since the last acknowledgement
         self.sends = self.failures = self.reconnects = 0
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
 
@@ -4304,18 +4305,22 @@ class GrpcChannel(Channel):
                              "--collector-insecure would send in the clear: leave out one of them")
         if not self.insecure and not (tls and tls.ca):
             system_roots()
-        what = "tls"
-        try:
-            check_certificates(tls or TlsSpec())
-            what = f"cannot read token_file {escape(token)}"
-            if token:
-                read_token(token)
-            what = f"cannot use spool.dir {escape(self.spec.spool.dir)}" if self.spec.spool else ""
-            if self.spec.spool:
-                check_spool_path(self.spec.spool.dir)
-        except OSError as error:
-            return f"channel '{escape(self.spec.id)}': {what}: {error.strerror}"
+        for what, check in self.file_checks():
+            try:
+                check()
+            except OSError as error:
+                return f"channel '{escape(self.spec.id)}': {what}: {error.strerror}"
         return None
+
+    def file_checks(self) -> Iterator[Tuple[str, Callable[[], Any]]]:
+        """What to try of the files that the spec names, each with what to say when it raises OSError."""
+        spec = self.spec
+        if spec.tls is not None:
+            yield "tls", functools.partial(check_certificates, spec.tls)
+        if spec.token_file:
+            yield f"cannot read token_file {escape(spec.token_file)}", functools.partial(read_token, spec.token_file)
+        if spec.spool is not None:
+            yield f"cannot use spool.dir {escape(spec.spool.dir)}", functools.partial(check_spool_path, spec.spool.dir)
 
     def open(self) -> None:
         self.grpc = import_optional("grpc")
@@ -4364,7 +4369,7 @@ class GrpcChannel(Channel):
         try:
             connection = self.connect()
         except (OSError, TraceleftError) as error:
-            say(f"{escape(self.name)}: cannot read certificates: {error}; the old ones are used")
+            self.report(f"cannot read certificates, and goes on with the old ones: {error}")
             return
         self.connection.close()
         self.connection = connection
@@ -4376,10 +4381,11 @@ class GrpcChannel(Channel):
         if not self.spec.token_file:
             return None
         try:
-            self.token = read_token(self.spec.token_file)
+            self.token, self.stale = read_token(self.spec.token_file), False
         except OSError as error:
-            if not self.failing:
+            if not self.stale:
                 say(f"cannot read {escape(self.spec.token_file)}: {error.strerror}; the token that was read is used")
+            self.stale = True
         return (("authorization", f"Bearer {self.token}"),)
 
     # What the protocol consists of: another one overrides these
@@ -4512,16 +4518,18 @@ class GrpcChannel(Channel):
             if entry.owner != EARLIER:
                 self.settle(self.owners[entry.owner], entry)
         self.batch_size = min(2 * self.batch_size, MAX_STREAM_ALERTS)
-        if self.failing:
+        if self.said:
             say(f"{escape(self.name)} acknowledges again")
-        self.failing = False
+        self.said.clear()
 
     def report(self, problem: str) -> None:
-        if not self.failing:
+        """Says each kind of problem once, until an acknowledgement; at the end, only what is new altogether."""
+        kind = problem.partition(":")[0]
+        if kind not in self.said and not (self.said and self.deadline is not None):
             hint = "" if self.insecure or "SSL" not in problem else \
                 "; --collector-insecure is for a collector without TLS"
             say(f"{escape(self.name)}: {escape(problem)}; {self.noun} are kept and sent again{hint}")
-        self.failing = True
+        self.said.add(kind)
 
     def begin_close(self) -> None:
         with self.changed:
