@@ -16,7 +16,7 @@ BPF_SOURCE := bpf/traceleft.bpf.c
 BPF_CFLAGS := -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -fdebug-compilation-dir=.
 
 RUN_PACKAGES  := python3 libbpf1
-TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl strace git curl \
+TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl tmux strace git curl \
                  fish logrotate mandoc prometheus systemd zsh
 
 help: ## show this list

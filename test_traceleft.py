@@ -5865,6 +5865,297 @@ def scripts(tmp_path_factory):
     return folder
 
 
+def tallies(*rows, received=0.0):
+    """Tallies of (host, filter, count, lost)."""
+    return [traceleft.Tally(host, "open", name, count, count, lost, received, 1, traceleft.escape(f"pid 1 {host} {name}"))
+            for host, name, count, lost in rows]
+
+
+class TestScreen:
+    def view(self, *seconds, **more):
+        view = traceleft.CollectorView("localhost:1", **more)
+        for second, rows in enumerate(seconds):
+            view.update(tallies(*rows, received=view.begin + second), view.begin + second)
+        return view
+
+    def lines(self, view, width=100, height=20):
+        return [line.text for line in view.render(width, height)]
+
+    def test_what_it_shows(self):
+        rows = [("web", "keys", 100, 0), ("db", "keys", 30, 2), ("web", "logs", 5, 0)]
+        lines = self.lines(self.view(rows, [(host, name, 2 * count, lost) for host, name, count, lost in rows]))
+        assert lines[0].rstrip() == "traceleft collect on localhost:1: 2 hosts, 3 filters, up 1s"
+        assert lines[1].startswith("135 events/s, 270 in 270 alerts, 2 lost ")
+        assert lines[2].split() == ["HOST", "FILTER", "EVENT", "EVENTS/S", "LAST", "3", "MINUTES", "TOTAL", "ALERTS", "LOST", "AGO"]
+        assert [line.split() for line in lines[3:6]] == [
+            ["web", "keys", "open", "100", "█", "200", "200", "0", "0s"], ["db", "keys", "open", "30", "█", "60", "60", "2", "0s"],
+            ["web", "logs", "open", "5", "█", "10", "10", "0", "0s"]]
+        assert not any(line.strip() for line in lines[6:17])
+        assert lines[17].startswith("latest sample of keys on web, 0s ago, one of 1:") and lines[18].strip() == "pid 1 web keys"
+        assert lines[19].startswith("q quit  s sort: rate  r reverse")
+
+    def test_rates_follow_the_time_that_has_passed(self):
+        view = traceleft.CollectorView("h:1")
+        for second in (1, 3, 5, 7, 9, 11):
+            view.update(tallies(("a", "f", 50 * second, 0)), view.begin + second - 1)
+        assert view.rows["a", "open", "f"].rate == 50.0
+
+    def test_keys(self):
+        view = self.view([("a", "x", 1, 9), ("b", "y", 3, 0), ("c", "z", 2, 0)])
+
+        def order(*keys):
+            for key in keys:
+                view.press(key)
+            return "".join(line[0] for line in self.lines(view)[3:6])
+
+        assert order() == "bca" and order(b"r") == "acb" and order(b"r") == "bca"
+        orders = {}
+        for _ in traceleft.SORTS:
+            orders[view.sort] = order()
+            view.press(b"s")
+        assert orders == {"rate": "bca", "total": "bca", "alerts": "bca", "lost": "abc", "latest": "abc", "host": "abc", "filter": "abc"}
+        for keys, selected in (((b"j",), "b"), ((b"\x1b[B", b"\x1bOB"), "a"), ((b"j",), "a"), ((b"k", b"\x1b[A"), "b"), ((b"\x1b[5~",), "b"),
+                               ((b"\x1b[6~",), "a"), ((b"\x1b",), None), ((b"k",), "a"), ((b"\x1b[H", b"x", b"\0"), "a")):
+            for key in keys:
+                view.press(key)
+            assert (view.selected[0] if view.selected else None) == selected
+        assert self.lines(view)[18].strip() == "pid 1 a x"
+        assert [line.style for line in view.render(100, 20)][3:6] == [traceleft.PLAIN, traceleft.PLAIN, traceleft.SELECTED]
+        assert not view.quit
+        view.press(b"q")
+        assert view.quit
+
+    def test_the_selected_row_is_in_sight(self):
+        view = self.view([(f"h{n:03}", "f", 1, 0) for n in range(100)])
+        for _ in range(60):
+            view.press(b"j")
+        assert any(line.startswith("h059") for line in self.lines(view))
+        view.update([*tallies(("h000", "f", 1000, 0))], view.now + 1)  # it is another one's turn to be first
+        assert any(line.startswith("h059") for line in self.lines(view, height=12)) and view.selected[0] == "h059"
+
+    @pytest.mark.parametrize("width", [1, 5, 19, 20, 33, 47, 60, 80, 100, 237])
+    @pytest.mark.parametrize("height", [1, 4, 5, 9, 10, 24, 60])
+    def test_every_size(self, width, height):
+        rows = [("h\x1b[2J\n世界\u202e" + "x" * 300, "é\u0301\udcff" * 99, 10**15, 10**12), ("b", "", 0, 0)]
+        for view in (self.view(), self.view(rows), self.view(*[rows] * 200)):
+            view.messages.extend(["m" * width * 2] * (height % 2))
+            lines = self.lines(view, width, height)
+            assert len(lines) == height
+            for line in lines:
+                assert sum(map(traceleft.cell_width, line)) == width
+                assert "\x1b" not in line and "\n" not in line and "\u202e" not in line
+
+    def test_messages_are_shown(self):
+        view = self.view()
+        view.messages.append("something failed")
+        assert self.lines(view)[-1].startswith("something failed")
+
+    @pytest.mark.parametrize("values, width, shown", [
+        ([], 4, "    "), ([0, 0], 180, " " * 180), ([1, 2, 4, 8], 180, " " * 176 + "▁▂▄█"), ([5] * 180, 3, "███"),
+        ([0] * 60 + [4] * 60 + [8] * 60, 3, " ▄█"), ([7], 0, ""), ([1, 1e9], 180, " " * 178 + "▁█"),
+    ])
+    def test_sparklines(self, values, width, shown):
+        assert traceleft.sparkline(values, width) == shown
+
+    def test_bars_stand_still_until_they_move_on(self):
+        history = traceleft.collections.deque(maxlen=traceleft.HISTORY_SECONDS)
+        seen = []
+        for tick in range(1, 400):
+            history.append(1000 if tick == 100 else 500 if 110 < tick <= 120 else 0)
+            seen.append(traceleft.sparkline(history, 18, ticks=tick).rstrip())
+        assert len(set(seen)) < 60  # 40 places, and the bar that is filling
+        assert traceleft.sparkline([0, 4, 8], 180, traceleft.ASCII_BARS).strip() == "=%"
+
+    @pytest.mark.parametrize("value, width, shown", [(0, 4, "0"), (1234567, 9, "1,234,567"), (1234567, 8, "1.2M"), (999, 3, "999"),
+                                                     (12345, 5, "12.3k"), (5e15, 6, "5.0P")])
+    def test_numbers(self, value, width, shown):
+        assert traceleft.short_number(value, width) == shown
+
+    def test_ages(self):
+        assert [traceleft.short_age(seconds) for seconds in (0, 59.9, 60, 3599, 3600, 86400, 864000)] == [
+            "0s", "59s", "1m", "59m", "1h", "1d", "10d"]
+
+    @pytest.mark.parametrize("event, shown", [
+        (an_open("/tmp/\x1b\n\udcff", ret=3, pid=7, comm="c"), 'pid 7 c ret 3 filename "/tmp/\\x1b\\n\\xff" flags 577 mode 438'),
+        (make_event("connect_v4", "10.0.0.1", "127.0.0.1", 5, 6, 7), "pid 1 ret 0 Saddr 10.0.0.1 Daddr 127.0.0.1 Sport 5 Dport 6 Netns 7"),
+        (make_event("connect_v6", "::1", "::2", 5, 6, 7), "pid 1 ret 0 Saddr ::1 Daddr ::2 Sport 5 Dport 6 Netns 7"),
+        (make_event("prctl", 15, 2, 3, 4, 5, ret=-1), "pid 1 ret -1 option 15 arg2 2 arg3 3 arg4 4 arg5 5"),
+        (make_event("mkdirat", -100, "d" * 9999, 1), 'pid 1 ret 0 dfd -100 pathname "' + "d" * 469),
+        (None, "none: there was no room for it"),
+    ])
+    def test_samples(self, event, shown):
+        spec = parse_spec(grpc_spec(1, name=event.name if event else "open")).filters[0]
+        wire = traceleft.build_wire()
+        data = traceleft.encode_metric(wire, traceleft.Alert(spec, 1.5, 1, 1, 0, event), "a", 1)
+        assert traceleft.format_metric(wire["Metric"].FromString(data)) == shown
+
+
+class Tmux:
+    """A shell in a terminal of 100 x 24 under tmux; a context manager that ends it."""
+
+    def __init__(self, folder):
+        self.socket = str(folder / "tmux")
+        self.asked = 0
+        self.run("-u", "-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "24", "env", "-i", f"PATH={os.environ['PATH']}",
+                 "TERM=screen", "LC_ALL=C.UTF-8", "PS1=$ ", "bash", "--norc", "--noediting")
+        self.run("set", "-g", "status", "off")
+        wait_until(lambda: self.screen.startswith("$"), "a prompt")
+
+    def run(self, *arguments):
+        return subprocess.run(["tmux", "-S", self.socket, *arguments], check=True, capture_output=True, text=True, timeout=DEADLINE).stdout
+
+    def keys(self, *keys):
+        self.run("send-keys", *keys)
+
+    def type(self, command):
+        self.run("send-keys", "-l", command)
+        self.keys("Enter")
+
+    @property
+    def screen(self):
+        return self.run("capture-pane", "-p")
+
+    @property
+    def modes(self):
+        """What a program can leave wrong: alternate screen, cursor, wrapping; and what stty says."""
+        self.asked += 1
+        self.type(f"clear; echo mo'des'{self.asked} $(stty -g)")
+        found = re.search(rf"^modes{self.asked} ([0-9a-f:]+)$", self.wait(rf"^modes{self.asked} [0-9a-f:]+$"), re.M)
+        return self.run("display-message", "-p", "#{alternate_on} #{cursor_flag} #{wrap_flag}").strip(), found[1]
+
+    def wait(self, pattern):
+        """The screen, once there is a match in it."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: re.search(pattern, self.screen, re.M), pattern)
+        screen = self.screen
+        assert re.search(pattern, screen, re.M), screen
+        return screen
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.run("kill-server")
+
+
+class TestScreenInTerminal:
+    COLLECT = f"{sys.executable} {SCRIPT} collect --listen 127.0.0.1:0"
+
+    @pytest.fixture
+    def tmux(self, tmp_path):
+        with Tmux(tmp_path) as tmux:
+            yield tmux
+
+    def start(self, tmux, command=COLLECT):
+        """Starts a collector; returns its port."""
+        tmux.type(command)
+        return re.search(r"collect on 127.0.0.1:(\d+): 0 hosts", tmux.wait("collect on .*: 0 hosts"))[1]
+
+    def pid(self, tmux):
+        """Of what runs in the foreground."""
+        shell = int(tmux.run("display-message", "-p", "#{pane_pid}"))
+        return int(Path(f"/proc/{shell}/task/{shell}/children").read_text().split()[0])
+
+    def feed(self, port, monkeypatch):
+        for host in ("web", "db"):
+            monkeypatch.setattr(traceleft, "HOSTNAME", host)
+            aggregator = Aggregator(grpc_spec(port, id="keys"), insecure=True)
+            for _ in range(3 if host == "db" else 4):
+                aggregator.add(an_open(f"/home/{host}/.ssh/id_rsa", pid=42, comm="cat"))
+            if host == "db":
+                aggregator.accounts["keys"].lose("queue_full", 2)
+            aggregator.tick(1.0)
+            aggregator.close()
+
+    def test_screen(self, tmux, monkeypatch):
+        before = tmux.modes
+        port = self.start(tmux)
+        self.feed(port, monkeypatch)
+        screen = tmux.wait("2 hosts, 2 filters").splitlines()
+        assert re.match(r"\d events/s, 7 in 2 alerts, 2 lost", screen[1])
+        assert screen[2].startswith("HOST ") and screen[2].endswith(" AGO")
+        assert [line.split()[:3] for line in screen[3:5]] == [["web", "keys", "open"], ["db", "keys", "open"]]
+        assert "latest sample of keys on db" in screen[21] and '"/home/db/.ssh/id_rsa"' in screen[22]
+        tmux.keys("r")
+        tmux.wait(r"sort: rate, reversed")
+        assert [line.split()[0] for line in tmux.screen.splitlines()[3:5]] == ["db", "web"]
+        tmux.keys("j", "j")
+        tmux.wait(r"latest sample of keys on web")
+        tmux.run("resize-window", "-x", "60", "-y", "12")
+        screen = tmux.wait(r"^HOST +FILTER +EVENTS/S .* LOST$").splitlines()
+        assert len(screen) == 12 and screen[11].startswith("q quit")
+        tmux.run("resize-window", "-x", "120", "-y", "30")
+        assert len(tmux.wait(r"^HOST .{112}AGO$").rstrip("\n").splitlines()) == 30
+        tmux.keys("q")
+        tmux.wait(r"^total 7 in 2 alerts from 2 host\(s\)$")
+        assert "host db event open total 3 alerts 1" in tmux.screen
+        assert tmux.modes == before
+
+    @pytest.mark.parametrize("end, shown", [("C-c", "^total 0"), ("TERM", "^total 0"), (r"C-\\", "^total 0"), ("q", "^total 0"),
+                                            ("exception", "^ZeroDivisionError")])
+    def test_the_terminal_is_left_as_it_was(self, tmux, end, shown):
+        before = tmux.modes
+        if end == "exception":
+            code = (f"import sys, shutil; sys.path.insert(0, '{HERE}'); import traceleft; "
+                    "shutil.get_terminal_size = lambda: 1 / 0; traceleft.main(['collect', '--listen', '127.0.0.1:0'])")
+            tmux.type(f'{sys.executable} -c "{code}"')
+        else:
+            self.start(tmux)
+            if end == "TERM":
+                os.kill(self.pid(tmux), signal.SIGTERM)
+            else:
+                tmux.keys(end.replace("\\\\", "\\"))
+        tmux.wait(shown)
+        assert tmux.modes == before
+
+    def test_suspended_and_continued(self, tmux, monkeypatch):
+        before = tmux.modes
+        port = self.start(tmux)
+        tmux.keys("C-z")
+        tmux.wait(r"Stopped")
+        assert tmux.modes == before
+        tmux.type("fg")
+        tmux.wait("collect on .*: 0 hosts")
+        self.feed(port, monkeypatch)
+        tmux.wait("2 hosts, 2 filters")
+        tmux.keys("s")  # keys are still taken at once
+        tmux.wait("sort: total")
+        os.kill(self.pid(tmux), signal.SIGSTOP)  # nobody can do anything about that one
+        tmux.wait("Stopped")
+        tmux.type("fg")
+        tmux.wait("2 hosts, 2 filters")
+        tmux.keys("q")
+        tmux.wait("^total 7")
+        assert tmux.modes == before
+
+    def test_lines_where_it_is_no_screen(self, tmux, monkeypatch):
+        """A terminal that cannot be painted on, and a background process."""
+        tmux.type(f"TERM=dumb {self.COLLECT}")
+        port = re.search(r"listening on 127.0.0.1:(\d+)", tmux.wait("traceleft: ready"))[1]
+        self.feed(port, monkeypatch)
+        tmux.wait(r"^host web event open count 4 rate \d/s total 4 alerts 1$")
+        tmux.keys("C-c")
+        tmux.wait("total 7 in 2 alerts")
+        tmux.type(f"clear; {self.COLLECT} & sleep 0.1")
+        tmux.wait("traceleft: ready")
+        tmux.type("clear; kill %1; wait; echo d'one'")
+        assert "collect on" not in tmux.wait("^done")
+
+    def test_trace_shows_a_status_line(self, tmux, tmp_path):
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        before = tmux.modes
+        spec = write_spec(tmp_path / "spec", a_spec(name="mkdir", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        tmux.type(f"{sys.executable} {SCRIPT} trace --spec {spec}")
+        tmux.wait("^matched 0/s  passed 0/s  alerts 0/s  lost 0/s$")
+        for number in range(3):
+            os.mkdir(tmp_path / f"d{number}")
+        tmux.wait("^matched [1-9][0-9]*/s  passed [1-9]")
+        tmux.keys("C-c")
+        assert not re.search("^matched", tmux.wait("^traceleft: balanced"), re.M)
+        assert tmux.modes == before
+
+
 class TestCompletion:
     """Each in its shell, as the shell asks for it."""
 
@@ -6914,9 +7205,9 @@ class TestTerminal:
         assert code == 0
         assert re.search(r"\r\x1b\[Kmatched \d+/s  passed \d+/s  alerts \d+/s  lost \d+/s", shown)
 
-    def test_collect_refreshes(self):
-        shown, code = self.on_terminal("collect", "--listen", "127.0.0.1:0", seconds=2.5)
-        assert code == 0 and shown.count("\x1b[H\x1b[J") >= 2
+    def test_printing_shows_no_status_line_in_between(self):
+        shown, code = self.on_terminal("trace", f"{os.getpid()}:mkdir", seconds=2.5)
+        assert code == 0 and "/s  passed" not in shown
 
 
 class TestProject:

@@ -46,6 +46,7 @@ import importlib
 import ipaddress
 import itertools
 import json
+import math
 import mmap
 import operator
 import platform
@@ -57,9 +58,11 @@ import signal
 import socket
 import stat
 import struct
+import termios
 import textwrap
 import threading
 import time
+import unicodedata
 import uuid
 import warnings
 import zlib
@@ -131,12 +134,16 @@ class BalanceError(TraceleftError):
 
 def say(message: str) -> None:
     """One line on stderr, in one write, so that lines of threads do not mix."""
+    if SAY_SINKS:
+        SAY_SINKS[-1](message)
+        return
     with contextlib.suppress(OSError, ValueError):  # nobody is there to read it
         sys.stderr.write(f"{CLEAR_LINE if sys.stderr.isatty() else ''}traceleft: {message}\n")
         sys.stderr.flush()
 
 
 CLEAR_LINE = "\r\x1b[K"
+SAY_SINKS: List[Callable[[str], None]] = []  # the last one takes what is said: while a screen is shown
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -6632,6 +6639,11 @@ class StopSignals:
         with contextlib.suppress(BlockingIOError):  # it is no reason to wake up
             self.reader.recv(4096)
 
+    def drain(self) -> None:
+        """What has come is known by now."""
+        with contextlib.suppress(BlockingIOError):
+            self.reader.recv(4096)
+
     def fileno(self) -> int:
         return self.reader.fileno()
 
@@ -6735,26 +6747,34 @@ class Rates:
 
     def __init__(self) -> None:
         self.before: Dict[str, int] = {}
+        self.since = time.monotonic()
 
     def format(self, totals: Mapping[str, int]) -> str:
         """`matched 80124/s  passed 801/s  alerts 1/s  lost 0/s`."""
-        shown = "  ".join(f"{name} {count - self.before.get(name, 0)}/s" for name, count in totals.items())
+        now = time.monotonic()
+        elapsed, self.since = max(now - self.since, 0.001), now
+        shown = "  ".join(f"{name} {(count - self.before.get(name, 0)) / elapsed:.0f}/s"
+                          for name, count in totals.items())
         self.before = dict(totals)
         return shown
 
 
 class StatusLine:
-    """One line on a terminal's stderr, rewritten each second; nothing when stderr is no terminal."""
+    """One line on a terminal's stderr, rewritten each second; nothing when stderr is no terminal.
 
-    def __init__(self, totals: Callable[[], Mapping[str, int]]) -> None:
+    With `prints`, stdout is for people too: on one and the same terminal they would get in each other's way.
+    """
+
+    def __init__(self, totals: Callable[[], Mapping[str, int]], prints: bool = False) -> None:
         self.totals, self.rates = totals, Rates()
-        self.enabled = sys.stderr.isatty()
+        self.enabled = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not (prints and os.isatty(1))
 
     def tick(self) -> None:
         if self.enabled:
-            width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(CLEAR_LINE + self.rates.format(self.totals())[:width])
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                width = os.get_terminal_size(2).columns - 1
+                sys.stderr.write(CLEAR_LINE + self.rates.format(self.totals())[:max(width, 0)])
+                sys.stderr.flush()
 
     def clear(self) -> None:
         if self.enabled:
@@ -7204,6 +7224,25 @@ class Received(NamedTuple):
     event: str
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What has come from one filter of one host."""
+
+    host: str
+    event: str
+    filter: str            # "" from an agent that does not say
+    count: int = 0         # events: the sum of Count
+    alerts: int = 0
+    lost: int = 0          # passed events that the agent has lost, as it says
+    received: float = 0.0  # when its latest alert came, monotonic seconds
+    last_count: int = 0
+    sample: str = ""       # of that alert, as text of one line
+
+    @property
+    def key(self) -> Tuple[str, str, str]:
+        return self.host, self.event, self.filter
+
+
 MAX_RECEIVED_STREAM = 64 << 20  # bytes of one stream, more than an agent's whole queue
 MAX_STREAM_TIME = 30.0         # seconds that one stream may take: an agent gives up after a third of that
 MAX_RECEIVED_AGENTS = 65536    # whose latest Sequence is known
@@ -7230,8 +7269,8 @@ class Collector:
         self.grpc = import_optional("grpc")
         self.wire = build_wire()
         self.lock = threading.Lock()
-        self.counts: Dict[Received, int] = collections.defaultdict(int)
-        self.alerts: Dict[Received, int] = collections.defaultdict(int)
+        self.rows: Dict[Tuple[str, str, str], Tally] = {}
+        self.keeps_samples = False  # somebody looks at them
         self.latest: Dict[bytes, int] = collections.OrderedDict()  # digest of an agent -> its latest Sequence
         self.token = f"Bearer {token}".encode() if token else b""
         self.streams: Dict[Any, float] = {}  # under way -> since when, monotonic seconds
@@ -7299,11 +7338,15 @@ class Collector:
         return sequence <= latest
 
     def count(self, metric: Any, peer: str) -> None:
-        key = Received((metric.Host or peer)[:MAX_RECEIVED_NAME], metric.CommonEvent.Name[:MAX_RECEIVED_NAME])
-        if key not in self.counts and len(self.counts) >= MAX_RECEIVED_ROWS:
-            key = Received("other", "other")
-        self.counts[key] += metric.Count
-        self.alerts[key] += 1
+        names = (metric.Host or peer, metric.CommonEvent.Name, metric.Filter)
+        host, event, filter_id = (name[:MAX_RECEIVED_NAME] for name in names)
+        if (host, event, filter_id) not in self.rows and len(self.rows) >= MAX_RECEIVED_ROWS:
+            host, event, filter_id = "other", "other", ""
+        tally = self.rows.get((host, event, filter_id)) or Tally(host, event, filter_id)
+        self.rows[tally.key] = replace(
+            tally, count=tally.count + metric.Count, alerts=tally.alerts + 1, lost=tally.lost + metric.Lost,
+            received=time.monotonic(), last_count=metric.Count,
+            sample=format_metric(metric) if self.keeps_samples else "")
 
     def cancel_stalled(self) -> None:
         """Ends streams whose sender does not go on: each holds one of the threads. To be called now and then."""
@@ -7313,8 +7356,16 @@ class Collector:
 
     def snapshot(self) -> Dict[Received, Tuple[int, int]]:
         """Per host and event: (sum of Count, number of alerts)."""
+        found: Dict[Received, Tuple[int, int]] = {}
+        for tally in sorted(self.tallies(), key=lambda tally: tally.key):
+            count, alerts = found.get(Received(tally.host, tally.event), (0, 0))
+            found[Received(tally.host, tally.event)] = count + tally.count, alerts + tally.alerts
+        return found
+
+    def tallies(self) -> List[Tally]:
+        """Per host, event and filter."""
         with self.lock:
-            return {key: (self.counts[key], self.alerts[key]) for key in sorted(self.counts)}
+            return list(self.rows.values())
 
     def stop(self) -> None:
         """Lets streams that are under way finish."""
@@ -7322,31 +7373,457 @@ class Collector:
 
 
 def format_received(before: Mapping[Received, Tuple[int, int]], after: Mapping[Received, Tuple[int, int]],
-                    seconds: float) -> List[str]:
+                    seconds: float, with_rates: bool = True) -> List[str]:
     """One line per host and event that something came for."""
-    return [f"host {escape(key.host)} event {escape(key.event)} count {count - before.get(key, (0, 0))[0]} "
-            f"rate {(count - before.get(key, (0, 0))[0]) / seconds:.0f}/s total {count} alerts {alerts}"
-            for key, (count, alerts) in after.items() if (count, alerts) != before.get(key)]
+    lines = []
+    for key, (count, alerts) in after.items():
+        new = count - before.get(key, (0, 0))[0]
+        rate = f"count {new} rate {new / seconds:.0f}/s " if with_rates else ""
+        if (count, alerts) != before.get(key):
+            lines.append(f"host {escape(key.host)} event {escape(key.event)} {rate}total {count} alerts {alerts}")
+    return lines
 
 
-def run_collector(collector: Collector, stop: StopSignals, output: TextIO) -> None:
-    """Shows what is received each second until stopped, then the total."""
-    terminal = output.isatty()
+def format_metric(metric: Any) -> str:
+    """`pid 4242 sh ret 3 filename "/tmp/a.txt" flags 577 mode 438`, of at most MAX_SHOWN_SAMPLE characters."""
+    common = metric.CommonEvent
+    if common.Flags & FLAG_NO_SAMPLE:
+        return "none: there was no room for it"
+    words = [f"pid {common.Pid}", escape(decode_text(common.Comm)), f"ret {common.Ret}"]
+    for member, message in metric.ListFields():
+        if member.name.endswith("Event") and member.name not in ("CommonEvent", "SyscallEvent"):
+            words += [f"{part.name} {format_wire(part.name, getattr(message, part.name))}"
+                      for part in message.DESCRIPTOR.fields]
+        elif member.name == "SyscallEvent":
+            words += [f"{escape(part.Name)} {format_wire('', part.Text or part.Integer)}" for part in message.Arguments]
+    return " ".join(filter(None, words))[:MAX_SHOWN_SAMPLE]
+
+
+def format_wire(name: str, value: Any) -> str:
+    """A value of a wire message; addresses of four bytes are in network byte order."""
+    if isinstance(value, bytes):
+        return f'"{escape(decode_text(value[:MAX_SHOWN_SAMPLE]))}"'
+    if name in ("Saddr", "Daddr") and isinstance(value, int):
+        return socket.inet_ntop(socket.AF_INET, value.to_bytes(4, sys.byteorder))
+    return escape(str(value))
+
+
+MAX_SHOWN_SAMPLE = 500
+
+
+def run_lines(collector: Collector, stop: StopSignals, output: TextIO) -> None:
+    """Each second a line for each host and event that something came for."""
     before: Dict[Received, Tuple[int, int]] = {}
     last = time.monotonic()
     while not stop.stopped:
         select.select([stop], [], [], 1.0)
         now, after = time.monotonic(), collector.snapshot()
         collector.cancel_stalled()
-        lines = format_received({} if terminal and stop.stopped else before, after, max(now - last, 0.001))
-        if terminal:
-            idle = [key for key in after if after[key] == before.get(key)]
-            lines += [f"host {escape(key.host)} event {escape(key.event)} count 0 rate 0/s total {after[key][0]} "
-                      f"alerts {after[key][1]}" for key in idle]
-            output.write("\x1b[H\x1b[J")
-        output.write("".join(line + "\n" for line in lines))
+        output.write("".join(line + "\n" for line in format_received(before, after, max(now - last, 0.001))))
         output.flush()
         before, last = after, now
+
+
+# ======================================================================================================================
+# Screen: what collect shows on a terminal. CollectorView makes lines of text, Terminal brings them to the screen
+# ======================================================================================================================
+
+HISTORY_SECONDS = 180
+RATE_SECONDS = 5               # a row's rate is the mean over these
+BARS, ASCII_BARS = " ▁▂▃▄▅▆▇█", " .:-=+*#%"
+MIN_TERMINAL = (20, 5)         # columns and rows of which something is made
+KEYS = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|[\x00-\x7f]")
+ENTER_SCREEN = b"\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # alternate screen, no cursor, no wrapping
+LEAVE_SCREEN = b"\x1b[?7h\x1b[?25h\x1b[?1049l"
+PLAIN, TITLE, SELECTED, ALARM = "", "\x1b[1m", "\x1b[7m", "\x1b[31m"
+
+
+class Line(NamedTuple):
+    """One line of a screen, without anything in its text that a terminal acts on."""
+
+    text: str
+    style: str = PLAIN
+
+
+def cell_width(c: str) -> int:
+    """The columns of a terminal that a printable character takes."""
+    if c < "\u0300":
+        return 1
+    if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def fit(text: str, width: int, align_right: bool = False) -> str:
+    """`text` in exactly `width` columns, cut with a … where it is longer."""
+    taken = sum(map(cell_width, text))
+    if taken > width:
+        kept, taken = [], 0
+        for c in text:
+            if taken + cell_width(c) >= width:
+                break
+            kept.append(c)
+            taken += cell_width(c)
+        text, taken = "".join(kept) + "…" * (width > 0), taken + (width > 0)
+    padding = " " * (width - taken)
+    return padding + text if align_right else text + padding
+
+
+def short_number(value: float, width: int) -> str:
+    """`1,234,567`, or `1.2M` where that is too wide."""
+    text = f"{value:,.0f}"
+    for unit in "kMGTPE" if len(text) > width else "":
+        value /= 1000
+        text = f"{value:.1f}{unit}"
+        if value < 1000:
+            break
+    return text
+
+
+def short_age(seconds: float) -> str:
+    """`3s`, `5m`, `2h` or `4d`."""
+    for unit, size in (("s", 60), ("m", 60), ("h", 24)):
+        if seconds < size:
+            return f"{int(seconds)}{unit}"
+        seconds /= size
+    return f"{int(seconds)}d"
+
+
+def sparkline(history: Iterable[float], width: int, bars: str = BARS, ticks: int = 0) -> str:
+    """The latest values on `width` columns, each the mean of as many values; the highest is a full bar.
+
+    `ticks` is how many values there have been: the bars then keep what they stand for until they move on.
+    """
+    values = list(history)
+    if width <= 0 or not values:
+        return " " * max(width, 0)
+    size = max(-(-HISTORY_SECONDS // width), 1)
+    means: List[float] = []
+    end, begin = len(values), len(values) - (ticks % size or size)
+    while end > 0 and len(means) < width:
+        part = values[max(begin, 0):end]
+        means.append(sum(part) / len(part))
+        end, begin = begin, begin - size
+    top = max(means) or 1.0
+    # rounded up: only nothing is shown as nothing
+    return "".join(bars[math.ceil(mean / top * (len(bars) - 1))] for mean in reversed(means)).rjust(width)
+
+
+class ScreenRow:
+    """One host's filter on the screen."""
+
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
+        self.history: Deque[float] = collections.deque(maxlen=HISTORY_SECONDS)  # events per second
+
+    def update(self, tally: Tally, elapsed: float) -> None:
+        self.history.append((tally.count - (self.tally.count if self.history else 0)) / elapsed)
+        self.tally = tally
+
+    @property
+    def rate(self) -> float:
+        latest = list(itertools.islice(reversed(self.history), RATE_SECONDS))
+        return sum(latest) / len(latest)
+
+
+class Column(NamedTuple):
+    """One column of the table: columns that can do without are left out from the end of DROPPED on."""
+
+    title: str
+    least: int
+    most: int
+    show: Callable[[ScreenRow, int, CollectorView], str]
+    align_right: bool = True
+
+
+COLUMNS = (
+    Column("HOST", 6, 24, lambda row, width, view: escape(row.tally.host), False),
+    Column("FILTER", 8, 24, lambda row, width, view: escape(row.tally.filter or row.tally.event), False),
+    Column("EVENT", 6, 14, lambda row, width, view: escape(row.tally.event), False),
+    Column("EVENTS/S", 8, 10, lambda row, width, view: short_number(row.rate, width)),
+    Column("LAST 3 MINUTES", 15, 60, lambda row, width, view: sparkline(row.history, width, view.bars, view.ticks)),
+    Column("TOTAL", 9, 15, lambda row, width, view: short_number(row.tally.count, width)),
+    Column("ALERTS", 7, 9, lambda row, width, view: short_number(row.tally.alerts, width)),
+    Column("LOST", 6, 9, lambda row, width, view: short_number(row.tally.lost, width)),
+    Column("AGO", 4, 4, lambda row, width, view: short_age(view.now - row.tally.received)),
+)
+DROPPED = ("EVENT", "ALERTS", "AGO", "LAST 3 MINUTES", "HOST", "LOST", "TOTAL")
+SORTS: Dict[str, Callable[[ScreenRow], Any]] = {
+    # what the key s goes through; names upwards, numbers downwards
+    "rate": lambda row: -row.rate, "total": lambda row: -row.tally.count, "alerts": lambda row: -row.tally.alerts,
+    "lost": lambda row: -row.tally.lost, "latest": lambda row: -row.tally.received,
+    "host": lambda row: row.tally.host, "filter": lambda row: row.tally.filter,
+}
+
+
+def lay_out(width: int) -> List[Tuple[Column, int]]:
+    """The columns that have room, with their widths."""
+    columns, dropped = list(COLUMNS), list(DROPPED)
+    while dropped and sum(column.least + 1 for column in columns) - 1 > width:
+        name = dropped.pop(0)
+        columns = [column for column in columns if column.title != name]
+    widths = [column.least for column in columns]
+    spare = width - sum(widths) - len(columns) + 1
+    while spare > 0 and any(have < column.most for have, column in zip(widths, columns)):
+        for index, column in enumerate(columns):
+            if spare > 0 and widths[index] < column.most:
+                widths[index] += 1
+                spare -= 1
+    return list(zip(columns, widths))
+
+
+class CollectorView:
+    """What the screen shows of a collector: a table that can be sorted, totals, and a sample."""
+
+    def __init__(self, where: str, bars: str = BARS) -> None:
+        self.where = where
+        self.bars: str = bars
+        self.rows: Dict[Tuple[str, str, str], ScreenRow] = {}
+        self.total: Deque[float] = collections.deque(maxlen=HISTORY_SECONDS)
+        self.messages: Deque[str] = collections.deque(maxlen=100)
+        self.now: float = time.monotonic()
+        self.begin, self.before = self.now, self.now - 1
+        self.sort, self.reverse, self.quit = "rate", False, False
+        self.selected: Optional[Tuple[str, str, str]] = None
+        self.page = 1  # rows of the table that are shown
+        self.ticks: int = 0  # updates so far
+
+    def update(self, tallies: Iterable[Tally], now: float) -> None:
+        """What the collector has at the monotonic time `now`: once a second."""
+        elapsed = max(now - self.before, 0.001)
+        self.before = self.now = now
+        for tally in tallies:
+            row = self.rows.setdefault(tally.key, ScreenRow(tally))
+            row.update(tally, elapsed)
+        self.ticks += 1
+        self.total.append(sum(row.history[-1] for row in self.rows.values()))
+
+    def press(self, key: bytes) -> None:
+        """One key; those without a meaning have none."""
+        if key in (b"q", b"Q"):
+            self.quit = True
+        elif key == b"s":
+            names = list(SORTS)
+            self.sort = names[(names.index(self.sort) + 1) % len(names)]
+        elif key == b"r":
+            self.reverse = not self.reverse
+        elif key in SELECTING:
+            self.select(SELECTING[key] * (self.page if key in PAGING else 1))
+        elif key == b"\x1b":
+            self.selected = None
+
+    def select(self, step: int) -> None:
+        keys = [row.tally.key for row in self.sorted_rows()]
+        if keys:
+            at = keys.index(self.selected) + step if self.selected in keys else 0 if step > 0 else len(keys) - 1
+            self.selected = keys[min(max(at, 0), len(keys) - 1)]
+
+    def sorted_rows(self) -> List[ScreenRow]:
+        by_name = sorted(self.rows.values(), key=lambda row: row.tally.key)
+        return sorted(by_name, key=SORTS[self.sort], reverse=self.reverse)
+
+    def render(self, width: int, height: int) -> List[Line]:
+        """The lines of a screen of this size: as many as it has, and all as wide as it is."""
+        if width < MIN_TERMINAL[0] or height < MIN_TERMINAL[1]:
+            return [Line(fit("too small", width)), *[Line(fit("", width))] * (height - 1)]
+        rows = self.sorted_rows()
+        sample = self.render_sample(rows, width) if height >= 10 else []
+        self.page = max(height - 4 - len(sample), 1)
+        columns = lay_out(width)
+        titles = " ".join(fit(column.title, size, column.align_right) for column, size in columns)
+        lines = [*self.render_head(rows, width), Line(fit(titles, width), SELECTED)]
+        lines += [self.render_row(row, columns, width) for row in self.visible(rows)]
+        lines += [Line(fit("", width))] * (height - 1 - len(sample) - len(lines))
+        order = f"{self.sort}{', reversed' if self.reverse else ''}"
+        help_line = f"q quit  s sort: {order}  r reverse  ↑↓ select" if self.bars == BARS else \
+            f"q quit  s sort: {order}  r reverse  j k select"
+        return [*lines, *sample, Line(fit(self.messages[-1] if self.messages else help_line, width), TITLE)]
+
+    def render_head(self, rows: Sequence[ScreenRow], width: int) -> List[Line]:
+        hosts = len({row.tally.host for row in rows})
+        events, alerts, lost = (sum(getattr(row.tally, name) for row in rows) for name in ("count", "alerts", "lost"))
+        first = (f"traceleft collect on {self.where}: {counted(hosts, 'host')}, {counted(len(rows), 'filter')}, "
+                 f"up {short_age(self.now - self.begin)}")
+        latest = list(itertools.islice(reversed(self.total), RATE_SECONDS))
+        rate = sum(latest) / len(latest) if latest else 0.0
+        second = f"{rate:,.0f} events/s, {events:,} in {counted(alerts, 'alert')}, {lost:,} lost  "
+        spark = sparkline(self.total, min(max(width - len(second), 0), 60), self.bars, self.ticks)
+        return [Line(fit(first, width), TITLE), Line(fit(second + spark, width), ALARM if lost else PLAIN)]
+
+    def render_row(self, row: ScreenRow, columns: Sequence[Tuple[Column, int]], width: int) -> Line:
+        text = " ".join(fit(column.show(row, size, self), size, column.align_right) for column, size in columns)
+        style = SELECTED if row.tally.key == self.selected else ALARM if row.tally.lost else PLAIN
+        return Line(fit(text, width), style)
+
+    def visible(self, rows: Sequence[ScreenRow]) -> Sequence[ScreenRow]:
+        """The rows that there is room for, with the selected one among them."""
+        at = next((index for index, row in enumerate(rows) if row.tally.key == self.selected), 0)
+        begin = min(max(at - self.page // 2, 0), max(len(rows) - self.page, 0))
+        return rows[begin:begin + self.page]
+
+    def render_sample(self, rows: Sequence[ScreenRow], width: int) -> List[Line]:
+        """The latest sample of the selected row, or else of all."""
+        row = self.rows.get(self.selected) if self.selected else max(
+            rows, key=lambda row: row.tally.received, default=None)
+        if row is None:
+            return [Line(fit("nothing has come yet", width)), Line(fit("", width))]
+        tally = row.tally
+        what = (f"latest sample of {escape(tally.filter or tally.event)} on {escape(tally.host)}, "
+                f"{short_age(self.now - tally.received)} ago, one of {tally.last_count:,}:")
+        return [Line(fit(what, width), TITLE), Line(fit(f"  {tally.sample}", width))]
+
+
+SELECTING = {b"\x1b[A": -1, b"\x1bOA": -1, b"k": -1, b"\x1b[B": 1, b"\x1bOB": 1, b"j": 1, b"\x1b[5~": -1, b"\x1b[6~": 1}
+PAGING = (b"\x1b[5~", b"\x1b[6~")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 host`, `2 hosts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+class Terminal:
+    """The terminal of stdout and stdin, as a screen while the context lasts; it is left as it was, however that ends.
+
+    What is said meanwhile goes to `say_line`; after the end it stands on stderr.
+    """
+
+    def __init__(self, stop: StopSignals, say_line: Callable[[str], None]) -> None:
+        self.stop, self.say_line = stop, say_line
+        self.said: List[str] = []
+        self.saved: Optional[List[Any]] = None  # of termios; None: stdin is no terminal
+        self.reads_keys = os.isatty(0)
+        self.suspended = self.entered = False
+        self.size = (0, 0)  # of what was painted
+
+    def __enter__(self) -> Terminal:
+        # a Ctrl-\\ would else leave the screen as it is
+        handlers = {signal.SIGWINCH: self.wake, signal.SIGCONT: self.resume, signal.SIGTSTP: self.suspend,
+                    signal.SIGQUIT: self.stop.stop}
+        self.old_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        SAY_SINKS.append(self.hear)
+        try:
+            self.enter()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.leave()
+        SAY_SINKS.remove(self.hear)
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        for message in self.said:
+            say(message)
+
+    def wake(self, number: int, frame: object) -> None:
+        """The wake-up descriptor ends wait(); then everything is painted anew."""
+
+    def resume(self, number: int, frame: object) -> None:
+        self.entered = False
+
+    def suspend(self, number: int, frame: object) -> None:
+        self.suspended = True
+
+    def hear(self, message: str) -> None:
+        self.said.append(message)
+        self.say_line(message)
+
+    def enter(self) -> None:
+        self.entered = True
+        if self.reads_keys:
+            self.saved = self.saved or termios.tcgetattr(0)
+            mode = termios.tcgetattr(0)
+            mode[3] &= ~(termios.ICANON | termios.ECHO)
+            mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+            termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        self.write(ENTER_SCREEN)
+
+    def leave(self) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self.write(LEAVE_SCREEN)
+        if self.saved is not None:
+            with contextlib.suppress(termios.error):
+                termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(1, data):]
+
+    def paint(self, lines: Sequence[Line]) -> None:
+        """Writes over what is there, since clearing would flicker. Ends the run when there is no terminal any more."""
+        if not self.entered:
+            self.enter()
+        size = len(lines), len(lines[0].text)
+        cleared, self.size = "\x1b[2J" if size != self.size else "", size
+        shown = "\r\n".join(f"{line.style}{line.text}\x1b[m" if line.style else line.text for line in lines)
+        try:
+            self.write(f"{cleared}\x1b[H{shown}".encode(sys.stdout.encoding or "ascii", "replace"))
+        except OSError:
+            self.stop.stopped = True
+
+    def wait(self, seconds: float) -> List[bytes]:
+        """Waits for keys, a signal, or that long; returns the keys."""
+        watched: List[Any] = [self.stop, 0] if self.reads_keys else [self.stop]
+        found = select.select(watched, [], [], max(seconds, 0.0))[0]
+        self.stop.drain()
+        if self.suspended:
+            self.stop_here()
+        if 0 not in found:
+            return []
+        try:
+            data = os.read(0, 1024)
+        except OSError:
+            data = b""
+        self.reads_keys = bool(data)  # nothing: the other end is gone
+        return KEYS.findall(data)
+
+    def stop_here(self) -> None:
+        """What the terminal's Ctrl-Z would have done, had nothing to be put back before."""
+        self.suspended = False
+        self.leave()
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # returns when the process is continued
+        signal.signal(signal.SIGTSTP, handler)
+        self.entered = False
+
+
+def is_screen(output: TextIO) -> bool:
+    """Whether it is a terminal that can be painted on, and this the process that it is for."""
+    try:
+        return output.isatty() and os.environ.get("TERM", "dumb") != "dumb" and output.fileno() == 1 and \
+            os.tcgetpgrp(1) == os.getpgrp()
+    except (OSError, ValueError):
+        return False
+
+
+def run_screen(collector: Collector, stop: StopSignals, where: str) -> None:
+    """Shows what is received until stopped, or until somebody quits."""
+    bars = BARS if (sys.stdout.encoding or "").lower().startswith("utf") else ASCII_BARS
+    view = CollectorView(escape(where), bars)
+    collector.keeps_samples = True
+    with Terminal(stop, view.messages.append) as terminal:
+        due = time.monotonic()
+        while not stop.stopped and not view.quit:
+            now = time.monotonic()
+            if now >= due:
+                view.update(collector.tallies(), now)
+                collector.cancel_stalled()
+                due = max(due + 1, now)
+            size = shutil.get_terminal_size()
+            terminal.paint(view.render(size.columns, size.lines))
+            for key in terminal.wait(due - time.monotonic()):
+                view.press(key)
+
+
+def run_collector(collector: Collector, stop: StopSignals, output: TextIO, where: str) -> None:
+    """Shows what is received until stopped, on a screen or as lines each second; then the total."""
+    if is_screen(output):
+        run_screen(collector, stop, where)
+        output.write("".join(line + "\n" for line in format_received({}, collector.snapshot(), 1.0, False)))
+    else:
+        run_lines(collector, stop, output)
     collector.stop()
     totals = collector.snapshot()
     hosts = len({key.host for key in totals})
@@ -8266,7 +8743,7 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
                             counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
     accounts = list(aggregator.accounts.values())
     counts, uring = KernelCounts(tracer, aggregator), UringWatch(tracer)
-    status = StatusLine(lambda: sum_accounts(accounts))
+    status = StatusLine(lambda: sum_accounts(accounts), any(channel.path == "-" for channel in spec.used_channels))
 
     def handle(records: List[bytes]) -> None:
         if recorder is not None:
@@ -8348,9 +8825,18 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
     if watchers.server is not None:
         watchers.server.figures = lambda: run_figures(tracer, printer.accounts.values())
     watchers.status = lambda: format_totals(sum_accounts(printer.accounts.values()))
+    status, uring = StatusLine(lambda: sum_accounts(printer.accounts.values()), True), UringWatch(tracer)
+
+    def tick() -> None:
+        uring.tick()
+        status.tick()
+
     say_ready(tracer, "printing every event")
     watchers.ready()
-    run_loop(tracer, printer.print_records, UringWatch(tracer).tick, stop, options.duration, watchers)
+    try:
+        run_loop(tracer, printer.print_records, tick, stop, options.duration, watchers)
+    finally:
+        status.clear()
     return report(tracer, list(printer.accounts.values()), options.summary)
 
 
@@ -8588,7 +9074,7 @@ def command_collect(options: argparse.Namespace) -> int:
         say(f"ready: listening on {options.listen.rpartition(':')[0]}:{collector.port}")
         manager = ServiceManager()
         manager.send("READY=1")
-        run_collector(collector, stop, sys.stdout)
+        run_collector(collector, stop, sys.stdout, f"{options.listen.rpartition(':')[0]}:{collector.port}")
         manager.close()
     return 0
 
