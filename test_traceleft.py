@@ -3509,7 +3509,7 @@ class TestTracer:
     def test_the_verifier_is_far_from_its_limit(self):
         """One million instructions, and kernels differ in how many they need for one and the same program."""
         with traceleft.Tracer("open") as tracer:
-            assert 0 < tracer.verified_instructions() < 100_000
+            assert 0 < tracer.verified_instructions() < 200_000
 
     def test_attaches_only_to_what_is_named(self):
         with traceleft.Tracer("read,mkdir") as tracer:

@@ -98,7 +98,8 @@ def waited(seconds):
 class Bench:
     def __init__(self, work, rounds, seconds):
         self.work, self.rounds, self.seconds = work, rounds, seconds
-        self.path = work / "file"
+        self.path = work / "a" / "b" / "file"  # with /tmp and the work directory, five names
+        self.path.parent.mkdir(parents=True)
         self.load = work / "load"
         subprocess.run(["gcc", "-O2", "-o", self.load, HERE / "load.c"], check=True)
         self.rows = []
@@ -126,6 +127,9 @@ class Bench:
     def one_filter(self):
         return self.spec("one", [f"arg1 == '{self.path}'"])
 
+    def path_filter(self):
+        return self.spec("path", [f"path == '{self.path}'"])
+
     def many_filters(self):
         return self.spec("many", [f"arg1 == '{self.path}'", *(f"arg1 == '{self.path}{i}'" for i in range(255))])
 
@@ -134,6 +138,7 @@ class Bench:
         return [
             Floor(self.work),
             self.traceleft("traceleft", self.one_filter()),
+            self.traceleft("traceleft, path ==", self.path_filter()),
             self.traceleft("traceleft, 256 filters", self.many_filters()),
             self.traceleft("traceleft, printing all", None),
             Tool("bpftrace", ["bpftrace", "-e", f"tracepoint:syscalls:sys_enter_openat /{condition}/ {{ @ = count(); }} "
@@ -211,6 +216,10 @@ class Bench:
         self.row("added per syscall that the spec does not name, against bpftrace", "<= 1.05 x", f"{value:.2f} x", value <= 1.05)
         value = ratio("traceleft, 256 filters", "named", "traceleft")
         self.row("added per event with 256 filters, against one", "<= 1.5 x", f"{value:.2f} x", value <= 1.5)
+
+        for kind, what in (("named", "event that matches"), ("failing", "failing open")):
+            more = added["traceleft, path =="][kind] - added["traceleft"][kind]
+            self.row(f"added per {what} by `path ==`, five names deep, beyond `arg1 ==`", "-", f"{more:.0f} ns")
 
         cpu, count, summary, memory = self.agent_cpu(long_seconds)
         (row,) = summary["filters"]

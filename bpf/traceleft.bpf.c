@@ -209,11 +209,40 @@ static __always_inline void prepend_number(struct record *record, __u64 number)
 	}
 }
 
-/* A name of the file system, and the slash before it. */
-static __always_inline bool prepend_name(struct record *record, struct dentry *dentry)
+/* d_parent and d_name of struct dentry. */
+struct dentry_name {
+	struct dentry *parent;
+	__u32 hash, length;
+	const void *name;
+};
+
+#define BEHIND_PARENT(field) (bpf_core_field_offset(struct dentry, field) - bpf_core_field_offset(struct dentry, d_parent))
+
+/* On all kernels so far the two are neighbours, and one call reads them. */
+static __always_inline void read_name(struct dentry *dentry, struct dentry_name *name)
 {
-	return prepend(record, BPF_CORE_READ(dentry, d_name.name), BPF_CORE_READ(dentry, d_name.len)) &&
-	       PREPEND(record, "/");
+	if (BEHIND_PARENT(d_name.len) == __builtin_offsetof(struct dentry_name, length) &&
+	    BEHIND_PARENT(d_name.name) == __builtin_offsetof(struct dentry_name, name)) {
+		bpf_probe_read_kernel(name, sizeof(*name),
+				      (void *)dentry + bpf_core_field_offset(struct dentry, d_parent));
+	} else {
+		name->parent = BPF_CORE_READ(dentry, d_parent);
+		name->length = BPF_CORE_READ(dentry, d_name.len);
+		name->name = BPF_CORE_READ(dentry, d_name.name);
+	}
+}
+
+/* A name of the file system, and the slash before it. */
+static __always_inline bool prepend_name(struct record *record, const struct dentry_name *name)
+{
+	if (!prepend(record, name->name, name->length))
+		return false;
+	if (record->at <= record->begin) {
+		record->flags |= EVENT_PATH_INCOMPLETE;
+		return false;
+	}
+	record->data[--record->at & TEXT_MASK] = '/'; /* a call of bpf_probe_read_kernel() costs as much as the rest */
+	return true;
 }
 
 /* Files without a place in a file system: pipes, sockets, … Returns whether it is one. */
@@ -223,6 +252,7 @@ __noinline int name_pseudo_file(struct record *record)
 	struct vfsmount *vfsmount;
 	struct inode *inode;
 	struct ns_common *ns;
+	struct dentry_name dentry_name;
 	char name[32] = {};
 	__u64 magic;
 	__s64 size;
@@ -258,7 +288,8 @@ __noinline int name_pseudo_file(struct record *record)
 		PREPEND(record, "anon_inode:");
 	} else { /* memfd_create(), shared memory */
 		PREPEND(record, " (deleted)");
-		prepend_name(record, dentry);
+		read_name(dentry, &dentry_name);
+		prepend_name(record, &dentry_name);
 	}
 	return 1;
 }
@@ -266,7 +297,8 @@ __noinline int name_pseudo_file(struct record *record)
 /* Goes up some names from record->dentry. Returns whether it has arrived at a root, or cannot go on. */
 __noinline int climb(struct record *record)
 {
-	struct dentry *dentry, *parent, *mount_root;
+	struct dentry *dentry, *mount_root;
+	struct dentry_name name;
 	struct vfsmount *vfsmount;
 	struct mount *mount, *mount_parent;
 
@@ -278,8 +310,8 @@ __noinline int climb(struct record *record)
 	for (int i = 0; i < CLIMB; i++) {
 		if ((__u64)dentry == record->root_dentry && (__u64)vfsmount == record->root_vfsmount)
 			return 1;
-		parent = BPF_CORE_READ(dentry, d_parent);
-		if (dentry == mount_root || dentry == parent) {
+		read_name(dentry, &name);
+		if (dentry == mount_root || dentry == name.parent) {
 			mount = (void *)vfsmount - bpf_core_field_offset(struct mount, mnt);
 			mount_parent = BPF_CORE_READ(mount, mnt_parent);
 			if (dentry != mount_root || mount == mount_parent || !mount_parent)
@@ -289,9 +321,9 @@ __noinline int climb(struct record *record)
 			mount_root = BPF_CORE_READ(vfsmount, mnt_root);
 			continue;
 		}
-		if (!prepend_name(record, dentry))
+		if (!prepend_name(record, &name))
 			return 1;
-		dentry = parent;
+		dentry = name.parent;
 	}
 	record->dentry = (__u64)dentry;
 	record->vfsmount = (__u64)vfsmount;
