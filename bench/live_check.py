@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Whether the one file of `make dist` does its work on this host, as root: live_check.py FILE.
+"""Whether the one file of `make dist` does its work on this host, as root: live_check.py FILE [--refused TEXT].
 
 Runs `doctor`, the walk-through with exact counts, the event table (each call made once and looked for to the letter), and
-a flood through the rules that Python evaluates. Needs nothing but Python 3.9, and a directory to write to (TMPDIR). Each
+the same walk-through with a rule that Python evaluates and, where grpcio is, over a grpc channel. With --refused it has to
+say in one line, with TEXT in it, that this host lacks something. Needs nothing but Python 3.9, and a directory to write to (TMPDIR). Each
 line of the report begins with `pass`, `FAIL` or `figure`; the exit code is 0 when nothing failed.
 """
 
@@ -337,10 +338,51 @@ def check_python_rules(folder):
            + ("" if summary["code"] == 0 else f", exit {summary['code']}: {summary['stderr']}"))
 
 
+def check_grpc(folder):
+    """The walk-through over a grpc channel, to `FILE collect`."""
+    try:
+        grpc, protobuf = traceleft.import_optional("grpc"), traceleft.import_optional("google.protobuf")
+    except traceleft.HostError:
+        print("none grpc: no grpcio here")
+        return
+    received = Path(folder, "received")
+    with received.open("wb") as output:
+        collector = subprocess.Popen([sys.executable, DIST, "collect", "--listen", "127.0.0.1:0"], stdout=output,
+                                     stderr=subprocess.PIPE, text=True)
+    try:
+        port = collector.stderr.readline().rpartition(":")[2].strip()
+        path = f"{folder}/c.txt"
+        spec = section5_spec(folder, path)
+        spec["channels"] = [{"id": "1", "type": "grpc", "path": f"localhost:{port}"}]
+        Path(folder, "spec").write_text(json.dumps(spec))
+        agent = Agent(folder, "--spec", f"{folder}/spec", "--collector-insecure")
+        made = open_often(path)
+        summary = agent.stop()
+    finally:
+        collector.send_signal(signal.SIGINT)
+        errors = collector.communicate(timeout=DEADLINE)[1]
+    row, text = summary["filters"][0], received.read_text()
+    report(summary["code"] == 0 and summary["balanced"] and row["matched"] == made and not row["lost"] and not errors
+           and f"\ntotal {made // 100} in {row['alerts']} alerts from 1 host(s)\n" in f"\n{text}",
+           "grpc", f"{made} opens, {text.splitlines()[-1:]} received, protobuf {protobuf.__version__}, "
+           f"grpcio {grpc.__version__}{errors}")
+
+
+def check_refused(text):
+    """trace and doctor both have to end with exit code 3, the first with one line that has the text in it."""
+    done = subprocess.run([sys.executable, DIST, "trace", "open"], capture_output=True, text=True, timeout=DEADLINE)
+    report(done.returncode == 3 and done.stderr.count("\n") == 1 and text in done.stderr, "refused",
+           f"exit {done.returncode}, {done.stderr.strip()}")
+    done = subprocess.run([sys.executable, DIST, "doctor"], capture_output=True, text=True, timeout=DEADLINE)
+    for line in done.stdout.splitlines():
+        print(f"  {line}")
+    report(done.returncode == 3 and text in done.stdout and not done.stderr, "doctor", f"exit {done.returncode}")
+
+
 def expected_line(pid, event, result, shown):
     """What `trace` prints of a call, without the paths of descriptors."""
     made = traceleft.make_event(event, *shown, ret=result, pid=pid, program_id=42)
-    return re.sub(r"<[^>]*>", "", traceleft.format_event(made))
+    return re.sub(r"<[^>]*>", "", traceleft.format_event(made)).rstrip()
 
 
 def check_events(folder, what, names):
@@ -354,7 +396,7 @@ def check_events(folder, what, names):
     attached = agent.errors.read_text().count(",") + 1
     output, _ = process.communicate("go\n", timeout=DEADLINE)
     summary = agent.stop()
-    lines = [re.sub(r"<[^>]*>", "", line) for line in agent.output.read_text().splitlines()]
+    lines = [re.sub(r"<[^>]*>", "", line).rstrip() for line in agent.output.read_text().splitlines()]
     calls = [(event, result, shown) for event, result, shown in json.loads(output) if event in names]
     place_of, missing = {}, []
     for event, result, shown in calls:
@@ -378,23 +420,30 @@ def check_events(folder, what, names):
            + ("" if summary["code"] == 0 else f", exit {summary['code']}: {summary['stderr']}"))
 
 
+def check_all(folder):
+    check_doctor()
+    tracefs = traceleft.mounted_tracefs()
+    named = [name for name, kind in traceleft.EVENT_TYPES.items()
+             if kind.is_tcp or any(os.path.isdir(f"{tracefs}/events/syscalls/sys_exit_{syscall.tracepoint}")
+                                   for syscall in traceleft.syscalls_here(kind))]
+    traceleft.event_type("lseek")
+    calm = [name for name in named if name not in ("read", "write", "close", "recvfrom", "sendto", "mmap", "fcntl")]
+    check_walk_through(folder)
+    check_python_rules(folder)
+    check_grpc(folder)
+    check_events(folder, "events by tp_btf", [*named, "lseek"])
+    check_events(folder, "events by tracepoint", calm)
+
+
 def main():
     print(f"{os.uname().release} {os.uname().machine} Python {sys.version.split()[0]}")
     print(subprocess.run([sys.executable, DIST, "--version"], capture_output=True, text=True).stdout.strip())
     folder = tempfile.mkdtemp(prefix="traceleft-check-")
     try:
-        check_doctor()
-        tracefs = traceleft.mounted_tracefs()
-        named = [name for name, kind in traceleft.EVENT_TYPES.items()
-                 if kind.is_tcp or any(os.path.isdir(f"{tracefs}/events/syscalls/sys_exit_{syscall.tracepoint}")
-                                       for syscall in traceleft.syscalls_here(kind))]
-        traceleft.event_type("lseek")
-        busy = [*named, "lseek"]
-        calm = [name for name in named if name not in ("read", "write", "close", "recvfrom", "sendto", "mmap", "fcntl")]
-        check_walk_through(folder)
-        check_python_rules(folder)
-        check_events(folder, "events by tp_btf", busy)
-        check_events(folder, "events by tracepoint", calm)
+        if "--refused" in sys.argv:
+            check_refused(sys.argv[sys.argv.index("--refused") + 1])
+        else:
+            check_all(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"{'pass' if not failures else 'FAIL'} live check: {failures} failed")

@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""make portability: runs the one file of `make dist` on every Python, libbpf, kernel and userland that we claim.
+
+Each row of the table runs bench/live_check.py somewhere, or sees that the file refuses to run there in one clear line. Prints
+the table, writes it to bench/PORTABILITY.md when nothing was left out, and exits 1 when a cell is red.
+
+    portability.py [--ci] [--list] [ROW ...]    only the rows of CI's subset; only those with one of these texts in the name
+"""
+
+import argparse
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple
+
+HERE = Path(__file__).resolve().parent.parent
+BENCH = HERE / "bench"
+CACHE = Path(os.environ.get("VMCACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "traceleft-vm"))
+PYENV = Path.home() / ".pyenv/versions"
+RESULTS = BENCH / "PORTABILITY.md"
+MANY = 600_000   # verified instructions that turn a row red: the kernel's limit is 1,000,000
+TIMEOUT = 1800   # seconds for one row
+UNIT_TESTS = ["-m", "not live", "-k", "not Dist"]
+LIVE_TESTS = ["-m", "live", "-k", "every_named_syscall or exact_numbers or TestBadHosts or TestDoctor or over_grpc_with_collect"]
+
+
+class Result(NamedTuple):
+    """What a row's run printed, and whether it was what it should be."""
+
+    passed: bool
+    output: str
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    run: Callable[[], Result]
+    in_ci: bool = False
+    expects_grpc: bool = False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ways to run
+# ----------------------------------------------------------------------------------------------------------------------
+
+dist = Path(tempfile.mkdtemp(prefix="traceleft-portability-"))
+host_lock = threading.Lock()  # rows on this machine's own kernel run one at a time, virtual machines beside them
+
+
+def sh(command, **more):
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT,
+                          **more)
+    return Result(done.returncode == 0, done.stdout)
+
+
+def live_check(python, *arguments, env=None):
+    """On this machine's kernel."""
+    with host_lock:
+        return sh([python, BENCH / "live_check.py", dist / "traceleft", *arguments], env={**os.environ, **(env or {})})
+
+
+def virtual_machine(kernel, arch, *arguments, suite="bookworm", before="", boot=()):
+    """In a virtual machine of Debian's kernel and userland; `before` is shell, `boot` are the kernel's arguments."""
+    folder = Path(tempfile.mkdtemp(dir=dist))
+    for file in (dist / "traceleft", BENCH / "live_check.py"):
+        shutil.copy(file, folder)
+    check = shlex.join(["python3", "live_check.py", "traceleft", *arguments])
+    (folder / "run").write_text(f"set -e\n{before}\n{check}\n")
+    return sh([BENCH / "vm.sh", kernel, arch, folder, *boot], env={**os.environ, "SUITE": suite})
+
+
+def cached(name, make):
+    """A folder of the cache, made by `make(folder)` when it is missing."""
+    folder = CACHE / name
+    if not folder.exists():
+        fresh = Path(tempfile.mkdtemp(dir=CACHE))
+        make(fresh)
+        fresh.rename(folder)
+    return folder
+
+
+def check_call(command, **more):
+    done = sh(command, **more)
+    if not done.passed:
+        raise RuntimeError(f"{shlex.join(map(str, command))}: {done.output[-2000:]}")
+    return done.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pythons, and the optional packages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def pythons() -> Dict[str, Path]:
+    """Version -> interpreter: those of pyenv and this machine's own, oldest first."""
+    found = {}
+    for path in [*PYENV.glob("*/bin/python"), Path("/usr/bin/python3")]:
+        done = subprocess.run([path, "-c", "import platform; print(platform.python_version())"], capture_output=True, text=True)
+        if done.returncode == 0:
+            found.setdefault(done.stdout.strip(), path)
+    return dict(sorted(found.items(), key=lambda item: version(item[0])))
+
+
+def version(text):
+    return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def environment(python, name, packages):
+    """A virtual environment of the cache; the packages are binary wheels. Returns its interpreter."""
+    def make(folder):
+        check_call([python, "-m", "venv", "--without-pip", folder])
+        check_call([sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--only-binary=:all:",
+                    "--disable-pip-version-check", *packages])
+    name = re.sub(r"[^\w.]+", "-", f"venv-{name}-{'-'.join(packages)}")
+    return cached(name[:120], make) / "bin/python"
+
+
+def test_packages():
+    """The `test` group of pyproject.toml, without what only `make lint` needs."""
+    text = (HERE / "pyproject.toml").read_text()
+    group = re.search(r"^test = \[(.*?)^\]", text, re.S | re.M)[1]
+    return [package for package in re.findall(r'"(.+?)"', group) if not package.startswith(("mypy", "ruff"))]
+
+
+def run_python(python, name):
+    """Unit tests, a subset of the live ones, and the check, with the newest packages for this Python."""
+    inner = environment(python, f"tests-{name}", test_packages())
+    with host_lock:
+        done = [sh([inner, "-m", "pytest", "-q", "test_traceleft.py", *options], cwd=HERE, env={**os.environ, "TRACELEFT_LIVE": "1"})
+                for options in (UNIT_TESTS, LIVE_TESTS)]
+    done.append(live_check(inner))
+    return Result(all(one.passed for one in done), "\n".join(one.output for one in done))
+
+
+def run_old_python(python):
+    """It has to say in one line that it is too old."""
+    done = subprocess.run([python, dist / "traceleft", "trace", "open"], capture_output=True, text=True)
+    line = done.stderr.strip()
+    return Result(done.returncode == 3 and "\n" not in line and "too old: it needs 3.9" in line, line)
+
+
+# The oldest that has a wheel for that Python and works, as tried
+OLDEST = {(3, 9): ("protobuf==3.12.4", "grpcio==1.34.0"), (3, 10): ("protobuf==3.20.0", "grpcio==1.42.0"),
+          (3, 11): ("protobuf==3.20.0", "grpcio==1.50.0"), (3, 12): ("protobuf==3.20.0", "grpcio==1.59.0"),
+          (3, 13): ("protobuf==3.20.0", "grpcio==1.67.0")}
+
+
+def run_packages(python, name, packages):
+    return live_check(environment(python, name, packages))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# libbpf
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def source_apt():
+    """Debian's lists of source packages, in a root of their own; returns apt's configuration."""
+    def make(root):
+        for folder in ("etc/apt/apt.conf.d", "etc/apt/preferences.d", "var/lib/apt/lists/partial", "var/cache/apt/archives/partial",
+                       "var/lib/dpkg"):
+            (root / folder).mkdir(parents=True)
+        (root / "var/lib/dpkg/status").touch()
+        listed = check_call(["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"])
+        code = re.search(r"^VERSION_CODENAME=(\S+)", Path("/etc/os-release").read_text(), re.M)[1]
+        mirror = next(line.split()[0] for line in listed.splitlines() if line.split()[1] == code)
+        key = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
+        (root / "etc/apt/sources.list").write_text("".join(
+            f"deb-src {key} {mirror} {suite} main\n" for suite in ("bookworm", "bookworm-backports", "trixie", "sid")))
+    root = cached("apt-source", make)
+    configuration = root / "apt.conf"
+    configuration.write_text(f'Dir "{root}/";\nDir::State::status "{root}/var/lib/dpkg/status";\nAPT::Sandbox::User "root";\n'
+                             'Acquire::Languages "none";\nAcquire::Check-Valid-Until "false";\n')  # a mirror may lag behind
+    env = {**os.environ, "APT_CONFIG": str(configuration)}
+    check_call(["apt-get", "update", "-qq"], env=env)
+    return env
+
+
+def libbpf(suite):
+    """The folder of libbpf.so.1, built from the suite's source package."""
+    def make(folder):
+        check_call(["apt-get", "source", "-qq", "--download-only", f"libbpf/{suite}"], env=source_apt(), cwd=folder)
+        check_call(["tar", "-xzf", *folder.glob("*.orig.tar.gz"), "-C", folder])
+        check_call(["make", "-s", "-C", *folder.glob("libbpf-*/src"), "BUILD_STATIC_ONLY=", f"OBJDIR={folder}/built"])
+    return cached(f"libbpf-{suite}", make) / "built"
+
+
+def run_libbpf(suite):
+    return live_check(sys.executable, env={"LD_LIBRARY_PATH": str(libbpf(suite))})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def python_rows() -> List[Row]:
+    rows = []
+    for name, python in pythons().items():
+        if version(name) < (3, 9):
+            rows.append(Row(f"Python {name}: refused", lambda python=python: run_old_python(python)))
+            continue
+        rows.append(Row(f"Python {name}: unit tests, live subset, newest packages",
+                        lambda python=python, name=name: run_python(python, name), expects_grpc=True))
+        oldest = OLDEST.get(version(name)[:2])
+        if oldest and PYENV in python.parents:
+            rows.append(Row(f"Python {name}: oldest packages",
+                            lambda python=python, name=name, oldest=oldest: run_packages(python, name, oldest), expects_grpc=True))
+    return rows
+
+
+def kernel_rows() -> List[Row]:
+    def booted(name, *arguments, in_ci=False, **more):
+        return Row(name, lambda: virtual_machine(*arguments, **more), in_ci)
+
+    return [
+        booted("amd64, kernel 6.1", "6.1", "amd64", in_ci=True),
+        booted("amd64, kernel 6.12", "6.12", "amd64", in_ci=True),
+        booted("amd64, newest kernel", "newest", "amd64", in_ci=True),
+        booted("arm64, kernel 6.1", "6.1", "arm64", in_ci=True),
+        booted("arm64, kernel 6.12", "6.12", "arm64", in_ci=True),
+        booted("arm64, newest kernel", "newest", "arm64"),
+        booted("amd64, newest kernel, Debian 13's userland", "newest", "amd64", suite="trixie"),
+        booted("arm64, kernel 6.12, Debian 13's userland", "6.12", "arm64", suite="trixie"),
+        booted("amd64, kernel 5.10: refused", "5.10", "amd64", "--refused", "it needs 5.15 or later"),
+        booted("arm64, kernel 5.10: refused", "5.10", "arm64", "--refused", "it needs 5.15 or later"),
+        booted("amd64, kernel 6.1, Debian 11's userland (libbpf 0.3): refused", "6.1", "amd64", "--refused",
+               "cannot load libbpf.so.1", suite="bullseye"),
+        booted("amd64, kernel 6.1, locked down: refused", "6.1", "amd64", "--refused", "locked down (confidentiality)",
+               boot=["lsm=lockdown,capability,bpf", "lockdown=confidentiality"]),
+        booted("amd64, kernel 6.1, lockdown=integrity", "6.1", "amd64", boot=["lsm=lockdown,capability,bpf", "lockdown=integrity"]),
+        booted("amd64, kernel 6.1, busybox only, /tmp read-only, tracefs not mounted", "6.1", "amd64",
+               before="mount -o remount,ro /tmp; export TMPDIR=/run; umount /sys/kernel/tracing"),
+    ]
+
+
+def all_rows() -> List[Row]:
+    return [*kernel_rows(),
+            Row("libbpf of Debian 12, built from source", lambda: run_libbpf("bookworm")),
+            Row("libbpf of Debian 12's backports, built from source", lambda: run_libbpf("bookworm-backports")),
+            Row("libbpf of Debian 13, built from source", lambda: run_libbpf("trixie")),
+            Row("libbpf of Debian unstable, built from source", lambda: run_libbpf("sid")),
+            *python_rows()]
+
+
+class Cells(NamedTuple):
+    """What is shown of a row's output."""
+
+    kernel: str
+    python: str
+    libbpf: str
+    grpc: str
+    instructions: int
+    load: str
+    checks: str
+
+
+def cells(output: str) -> Cells:
+    def found(pattern, otherwise="-"):
+        match = re.search(pattern, output, re.M)
+        return match[1] if match else otherwise
+
+    passed = len(re.findall(r"^pass (?!live check)", output, re.M))
+    tests = sum(map(int, re.findall(r"(\d+) passed", output)))
+    refused = found(r"^pass refused: exit 3, traceleft: (.*)", found(r"^traceleft: (.*)", ""))
+    return Cells(found(r"^(\d+\.\d+\S* \w+) Python"), found(r"^\d+\.\d+\S* \w+ Python (\S+)"), found(r"^  ok +libbpf +([\d.]+)"),
+                 found(r"protobuf (\S+, grpcio [\d.]+)").replace("grpcio ", ""), int(found(r"^figure instructions (\d+)", "0")),
+                 found(r"^figure load ([\d.]+)"), refused or f"{passed} checks" + (f", {tests} tests" if tests else ""))
+
+
+def format_row(row: Row, result: Result, seconds: float) -> str:
+    shown = cells(result.output)
+    figures = f"{shown.instructions:,} | {shown.load} s" if shown.instructions else "- | -"
+    return (f"| {'yes' if result.passed else '**NO**'} | {row.name} | {shown.kernel} | {shown.python} | {shown.libbpf} | "
+            f"{shown.grpc} | {figures} | {shown.checks} | {seconds:.0f} s |")
+
+
+HEADER = """| works | row | kernel | Python | libbpf | protobuf, grpcio | instructions verified | load | what was seen | took |
+| --- | --- | --- | --- | --- | --- | ---: | ---: | --- | ---: |"""
+
+
+def judge(row: Row, result: Result) -> Result:
+    """Red, too, when the verifier comes near its limit, and when a check that the row is about did not run."""
+    shown = cells(result.output)
+    if shown.instructions > MANY:
+        return Result(False, result.output + f"\nFAIL {shown.instructions} instructions verified: the limit is 1,000,000\n")
+    if row.expects_grpc and shown.grpc == "-":
+        return Result(False, result.output + "\nFAIL the grpc check did not run\n")
+    return result
+
+
+def run_row(row: Row):
+    begin = time.monotonic()
+    try:
+        result = judge(row, row.run())
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        result = Result(False, f"{error}\n")
+    line = format_row(row, result, time.monotonic() - begin)
+    print(line + ("" if result.passed else f"\n{result.output}"), flush=True)
+    return result.passed, line
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ci", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("names", nargs="*")
+    options = parser.parse_args()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in all_rows() if (row.in_ci or not options.ci)
+            and (not options.names or any(name in row.name for name in options.names))]
+    if options.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    if not rows:
+        sys.exit("portability: no such row")
+    try:
+        built = check_call([sys.executable, BENCH / "dist.py", dist])
+        print(f"{built}{HEADER}", flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            done = list(pool.map(run_row, rows))
+    finally:
+        shutil.rmtree(dist)
+    passed = sum(one for one, _ in done)
+    if not options.ci and not options.names:
+        commit = re.search(r"commit (\w{12})\w*(-dirty)?", built)
+        RESULTS.write_text(f"# Where it works\n\nWritten by `make portability` on {time.strftime('%Y-%m-%d')}, of commit {commit[1]}"
+                           f"{commit[2] or ''}, on {platform.machine()} with {os.cpu_count()} CPUs. amd64 and arm64 rows ran under "
+                           "qemu without KVM, whose times are 10 to 30 times those of a real machine.\n\n" + HEADER + "\n"
+                           + "\n".join(line for _, line in done) + "\n")
+    print(f"{passed} passed, {len(done) - passed} failed")
+    return 0 if passed == len(done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
