@@ -10,7 +10,7 @@ SPEC    ?= spec/aggregator-spec.json
 OPTIONS ?=
 
 CLANG      ?= clang-14
-LLVM_STRIP ?= llvm-strip-14
+LLVM_OBJCOPY ?= llvm-objcopy-14
 BPF_OBJECT := bpf/traceleft.bpf.o
 BPF_SOURCE := bpf/traceleft.bpf.c
 BPF_CFLAGS := -O2 -g -Wall -Wextra -Werror -target bpf -mcpu=v3 -fdebug-compilation-dir=.
@@ -48,8 +48,10 @@ bpf-check: install-test ## compile the BPF object again and compare it with the 
 	  $(call compile_bpf,$$scratch/traceleft.bpf.o) && \
 	  { cmp $$scratch/traceleft.bpf.o $(BPF_OBJECT) || { echo "$(BPF_OBJECT) is not what its sources make: run 'make bpf'"; exit 1; }; }
 
-# Debug information is stripped; BTF and its relocations, which libbpf needs, stay.
-compile_bpf = $(CLANG) $(BPF_CFLAGS) -c $(BPF_SOURCE) -o $(1) && $(LLVM_STRIP) -g $(1)
+# Debug information is stripped, with the relocations and local symbols of what is left of it, which nobody reads; BTF and
+# its CO-RE relocations, which libbpf needs, stay.
+compile_bpf = $(CLANG) $(BPF_CFLAGS) -c $(BPF_SOURCE) -o $(1) && \
+  $(LLVM_OBJCOPY) -g --remove-section=.rel.BTF.ext --remove-section=.llvm_addrsig --wildcard --strip-symbol='LBB*' $(1)
 
 dist: ## one self-contained executable file, dist/traceleft, and its SHA-256
 	$(Q)python3 bench/dist.py

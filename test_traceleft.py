@@ -421,10 +421,16 @@ class TestDist:
         assert shown == {run("--version").stdout}
 
     def test_is_a_library_too(self, dist):
-        code = "import traceleft; print(len(traceleft.read_companion(traceleft.OBJECT_PATH)))"
+        code = "import traceleft; print(len(traceleft.object_bytes()))"
         done = subprocess.run([sys.executable, "-c", code], env={**CLEAN_ENVIRONMENT, "PYTHONPATH": str(dist)}, cwd=dist.parent,
                               capture_output=True, text=True, check=True)
         assert int(done.stdout) == traceleft.OBJECT_PATH.stat().st_size
+
+    def test_a_python_without_lzma(self, dist, tmp_path):
+        (tmp_path / "lzma.py").write_text("raise ImportError")
+        done = run("check", HERE / "spec/aggregator-spec.json", script=dist, env={"PYTHONPATH": str(tmp_path)})
+        assert done.returncode == 0
+        assert run("--version", script=dist, env={"PYTHONPATH": str(tmp_path)}).stdout.endswith(" object missing\n")
 
 
 class TestCompanion:

@@ -197,6 +197,18 @@ def writers(status: os.stat_result) -> Set[str]:
             | ({"everybody"} if status.st_mode & stat.S_IWOTH else set()))
 
 
+def object_bytes() -> bytes:
+    """The BPF object, which is packed in the archive. Raises OSError and HostError."""
+    if not IS_ARCHIVE:
+        return read_companion(OBJECT_PATH)
+    try:
+        lzma = importlib.import_module("lzma")
+    except ImportError:
+        raise HostError("this Python has no module lzma, which the one file needs: use another Python, or copy "
+                        "traceleft.py and the folder bpf/ instead") from None
+    return bytes(lzma.decompress(read_companion(f"{OBJECT_PATH}.xz")))
+
+
 def commit() -> str:
     """The git commit that this is, with `-dirty` when a file was changed since; `unknown` for a copied script."""
     if IS_ARCHIVE:
@@ -215,8 +227,8 @@ def commit() -> str:
 def version_text() -> str:
     """`traceleft.py VERSION commit HASH object HASH`: what a report of a problem should name."""
     try:
-        digest = importlib.import_module("hashlib").sha256(read_companion(OBJECT_PATH)).hexdigest()[:16]
-    except OSError:
+        digest = importlib.import_module("hashlib").sha256(object_bytes()).hexdigest()[:16]
+    except (OSError, HostError):
         digest = "missing"
     name, _, changed = commit().partition("-")
     return f"traceleft.py {VERSION} commit {name[:12]}{'-' + changed if changed else ''} object {digest}"
@@ -6263,7 +6275,7 @@ def numbered(values: Iterable[bytes]) -> Iterator[Tuple[bytes, bytes]]:
 def read_object() -> bytes:
     """The BPF object. Raises HostError."""
     try:
-        return read_companion(OBJECT_PATH)
+        return object_bytes()
     except OSError as error:
         raise HostError(f"cannot read {OBJECT_PATH}: {error.strerror}; copy the folder bpf/ along with the script, or "
                         "take the one file that 'make dist' makes") from None
