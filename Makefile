@@ -19,6 +19,9 @@ RUN_PACKAGES  := python3 libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl tmux strace git curl \
                  fish logrotate mandoc prometheus systemd zsh
 
+# what portability needs: emulators, and what libbpf is built with
+VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev
+
 help: ## show this list
 	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
@@ -55,6 +58,15 @@ compile_bpf = $(CLANG) $(BPF_CFLAGS) -c $(BPF_SOURCE) -o $(1) && \
 
 dist: ## one self-contained executable file, dist/traceleft, and its SHA-256
 	$(Q)python3 bench/dist.py
+
+portability: install-portability ## run the one file on every Python, libbpf, kernel and userland claimed (about 40 minutes)
+	$(Q)python3 bench/portability.py $(ROWS)
+
+portability-ci: install-portability ## its rows of five kernels in virtual machines of both architectures (about 5 minutes)
+	$(Q)python3 bench/portability.py --ci
+
+install-portability:
+	$(Q)$(call install_missing,$(RUN_PACKAGES) $(VM_PACKAGES))
 
 install-run:
 	$(Q)$(call install_missing,$(RUN_PACKAGES))
@@ -121,4 +133,4 @@ man: ## show the manual page
 clean: ## remove what make has built, but not the BPF object
 	$(Q)rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis __pycache__ dist
 
-.PHONY: help run demo test soak lint bpf bpf-check bpf-stats bench bench-setup dist install-run install-test install uninstall man clean
+.PHONY: help run demo test soak lint bpf bpf-check bpf-stats bench bench-setup dist portability portability-ci install-portability install-run install-test install uninstall man clean
