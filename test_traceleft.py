@@ -4097,11 +4097,48 @@ print(json.dumps([expected, os.stat("/proc/self/ns/net").st_ino]))
             assert [line for line in lines if int(line.split()[3]) in pids] == [
                 traceleft.format_event(event) for event in events], name
 
+    def test_rules_on_addresses_run_in_the_kernel(self):
+        servers = [socket.create_server(("127.0.0.1", 0)), socket.create_server(("::1", 0), family=socket.AF_INET6)]
+        v4, v6 = (server.getsockname()[1] for server in servers)
+        rules = [
+            # event, rule, how often it is true
+            ("connect_v4", f"daddr == '127.0.0.1' and dport == {v4}", 3),
+            ("connect_v4", f"daddr in net('127.0.0.0/8') and dport in ({v4}, {v4 ^ 1}) and ret == 0", 3),
+            ("connect_v4", f"daddr not in (net('10.0.0.0/8'), '127.0.0.1') and dport == {v4}", 0),
+            ("connect_v4", f"saddr == daddr and dport == {v4}", 3),
+            ("accept_v4", f"sport == {v4} and exe == {os.path.realpath(sys.executable)!r}", 3),
+            ("close_v4", f"dport == {v4} or sport == {v4}", 6),
+            ("connect_v6", f"daddr in net('::/64') and daddr != '::2' and dport == {v6}", 2),
+            ("connect_v6", f"daddr in (net('fe80::/10'), '::2') and dport == {v6}", 0),
+            ("close_v6", f"saddr == '::1' and (dport == {v6} or sport == {v6})", 4),
+        ]
+        spec = parse_spec({**a_spec(), "events": [a_spec(rule, name=name)["events"][0] for name, rule, _ in rules]})
+        events = ",".join(dict.fromkeys(name for name, _, _ in rules))
+        plan = traceleft.plan_spec(spec, [traceleft.parse_selector(f"{os.getpid()}:{events}")])
+        tables = traceleft.Tables(spec.filters)
+        assert not tables.python_ids - {"connect_v4-3"}  # a comparison of two fields
+        with traceleft.Tracer(plan, tables) as tracer:
+            for server, times in zip(servers, (3, 2)):
+                for _ in range(times):
+                    with socket.create_connection(server.getsockname()[:2]), server.accept()[0]:
+                        pass
+                server.close()
+            streamed = [event for event in tracer.drain() if matches(rules[3][1], event)]
+            counts = {member.spec.id: count.matched for member, count in zip(tables.filters, tracer.read_counts()) if member.spec}
+        counts["connect_v4-3"] = len(streamed)
+        assert counts == {member.id: times for member, (_, _, times) in zip(spec.filters, rules)}
+
 
 @pytest.fixture
-def cgroups(request):
+def cgroups(request, tmp_path):
     """Makes control groups of version 2 below the root, which are removed afterwards; called with the parts of a path."""
-    root = next(line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2")
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    root = next((mount[1] for mount in mounts if mount[2] == "cgroup2"), None)
+    if root is None:
+        root = tmp_path / "cgroup2"
+        root.mkdir()
+        subprocess.run(["mount", "-t", "cgroup2", "none", root], check=True)
+        request.addfinalizer(lambda: subprocess.run(["umount", root], check=True))
 
     def remove(path):
         wait_until(lambda: not (path / "cgroup.procs").read_text(), "the group is empty")
