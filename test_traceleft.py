@@ -1604,8 +1604,9 @@ class TestFileChannel:
         counts = [json.loads(line)["count"] for text in texts for line in text.splitlines()]
         assert counts == list(range(61 - len(counts), 61)) and len(counts) > 20
 
-    def test_two_agents_rotate_one_file(self, tmp_path):
-        rotate = {"max_bytes": 4096, "keep": 1000}
+    @pytest.mark.parametrize("gzip", [False, True])
+    def test_two_agents_rotate_one_file(self, tmp_path, gzip):
+        rotate = {"max_bytes": 4096, "keep": 1000, "gzip": gzip}
         with self.running(tmp_path / "log", rotate=rotate) as (one, _), \
                 self.running(tmp_path / "log", rotate=rotate) as (other, _):
             threads = [threading.Thread(target=send, args=[1] * 200) for send in (one, other)]
@@ -1613,7 +1614,22 @@ class TestFileChannel:
                 thread.start()
             for thread in threads:
                 thread.join(DEADLINE)
-        assert self.counts(*tmp_path.iterdir()) == [1] * 400
+        texts = [importlib.import_module("gzip").decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                 for path in tmp_path.iterdir()]
+        assert [json.loads(line)["count"] for text in texts for line in text.splitlines()] == [1] * 400
+        assert not list(tmp_path.glob("*.tmp"))
+
+    def test_a_log_that_is_renamed_while_it_is_compressed(self, tmp_path, monkeypatch):
+        write = traceleft.write_compressed
+
+        def slow(plain, path):
+            (tmp_path / "log.1").rename(tmp_path / "log.2")
+            (tmp_path / "log.1").write_text("newer")
+            write(plain, path)
+        (tmp_path / "log.1").write_text("older")
+        monkeypatch.setattr(traceleft, "write_compressed", slow)
+        traceleft.compress_log(f"{tmp_path}/log.1")
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.1": "newer", "log.2": "older"}
 
     def test_a_rotation_that_fails_loses_nothing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(1, "not today")))

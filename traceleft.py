@@ -3397,24 +3397,19 @@ class Rotation:
     def rotate(self, fd: int) -> bool:
         """Whether it was done, or another process has done it: then the path has to be opened again."""
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another agent may write to it, and rotate it as well
-        except OSError:
-            return False
-        try:
-            if os.path.samestat(os.stat(self.path), os.fstat(fd)):
-                self.shift()
+            with locked_directory(self.path):
+                mine = os.path.samestat(os.stat(self.path), os.fstat(fd))
+                if mine:
+                    self.shift()
         except OSError as error:
             if not self.failing:
                 say(f"cannot rotate {escape(self.path)}: {error.strerror}; it grows beyond its {self.spec.max_bytes} "
                     "bytes")
             self.failing = True
             return False
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
         self.failing = False
-        if self.spec.gzip:
-            self.thread = threading.Thread(target=compress_log, args=(f"{self.path}.1",), name="gzip",
-                                           daemon=True)
+        if mine and self.spec.gzip:
+            self.thread = threading.Thread(target=compress_log, args=(f"{self.path}.1",), name="gzip", daemon=True)
             self.thread.start()
         return True
 
@@ -3436,24 +3431,39 @@ class Rotation:
             self.thread.join(CLOSE_TIMEOUT)  # without it the file stays as it is
 
 
-def compress_log(path: str) -> None:
-    """Replaces the file by PATH.gz; on failure it stays as it is."""
-    gzip = importlib.import_module("gzip")
-    temporary = f"{path}.gz.tmp"
+@contextlib.contextmanager
+def locked_directory(path: str) -> Iterator[None]:
+    """Keeps other agents from renaming in the path's directory meanwhile. Raises OSError."""
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(source, "rb") as plain, os.fdopen(target, "wb") as raw, gzip.GzipFile(
-                path, "wb", 6, raw) as compressed:
-            shutil.copyfileobj(plain, compressed, 1 << 20)
-        os.rename(temporary, f"{path}.gz")
-        os.unlink(path)
+        fcntl.flock(directory, fcntl.LOCK_EX)  # no agent has it for longer than a few renames
+        yield
+    finally:
+        os.close(directory)
+
+
+def compress_log(path: str) -> None:
+    """Replaces the file by PATH.gz. On failure, or when it has been renamed meanwhile, it stays as it is."""
+    temporary = f"{path}.gz.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as plain:
+            write_compressed(plain, temporary)
+            with locked_directory(path):
+                if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):
+                    os.rename(temporary, f"{path}.gz")
+                    os.unlink(path)
     except OSError as error:
         say(f"cannot compress {escape(path)}: {error.strerror}; it stays as it is")
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    with contextlib.suppress(OSError):
+        os.unlink(temporary)
+
+
+def write_compressed(plain: Any, path: str) -> None:
+    """Copies an open file into a new one that only this user can read. Raises OSError."""
+    gzip = importlib.import_module("gzip")
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(target, "wb") as raw, gzip.GzipFile("", "wb", 6, raw) as compressed:
+        shutil.copyfileobj(plain, compressed, 1 << 20)
 
 
 # ======================================================================================================================
@@ -4084,7 +4094,9 @@ class Spool:
                 self.pending[EARLIER] += entry.events
         if end < len(data):
             say(f"{escape(self.path)}: {len(data) - end} bytes behind the last whole record of a segment are cut off")
-            os.truncate(self.open_segment(segment, os.O_RDWR), end)
+            fd = self.open_segment(segment, os.O_RDWR)
+            os.ftruncate(fd, end)
+            os.close(fd)
         self.sizes[segment] = end
 
     def open_segment(self, segment: int, flags: int) -> int:
