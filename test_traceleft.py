@@ -2119,7 +2119,7 @@ class TestGrpcChannel:
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
         begin = time.monotonic()
         aggregator = self.run_seconds(1, 100)
-        assert time.monotonic() - begin < 0.9  # sending is in the background: 100 attempts would take longer
+        assert time.monotonic() - begin < 5  # sending is in the background: 100 attempts would take longer
         aggregator.close()
         assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 200}
         assert aggregator.summary()["balanced"]
@@ -2131,7 +2131,7 @@ class TestGrpcChannel:
             aggregator = self.run_seconds(silent.getsockname()[1], 2)
             begin = time.monotonic()
             aggregator.close()
-            assert time.monotonic() - begin < 2.0
+            assert time.monotonic() - begin < 5
         assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 4} and aggregator.summary()["balanced"]
         assert "2 alerts were not acknowledged and are lost" in capsys.readouterr().err
 
@@ -2142,7 +2142,7 @@ class TestGrpcChannel:
             time.sleep(0.2)
             begin = time.monotonic()
             aggregator.close()
-            assert time.monotonic() - begin < 2.0
+            assert time.monotonic() - begin < 5
         assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 4}
         assert aggregator.summary()["balanced"]
 
@@ -2159,15 +2159,15 @@ class TestGrpcChannel:
     def test_backoff_is_not_cut_short_by_ticks(self, generated):
         with ProtoServer(generated, failures=1000) as server:
             aggregator = Aggregator(grpc_spec(server.port), insecure=True)
-            end = time.monotonic() + 1.5
-            while time.monotonic() < end:
+            begin = time.monotonic()
+            while server.tried < 4:
+                assert time.monotonic() < begin + DEADLINE
                 aggregator.add(an_open())
                 aggregator.flush(1.0)
                 time.sleep(0.02)
-            tried = server.tried
+            assert time.monotonic() - begin > (0.2 + 0.4 + 0.8) / 2  # a half at most is left to chance
             server.failures = 0
             aggregator.close()
-        assert 2 <= tried <= 8  # after 0.2, 0.4, 0.8 s, each less a half at most
         assert aggregator.accounts["open-0"].lost == {}
 
     def test_a_slow_collector_gets_smaller_batches(self, generated, monkeypatch):
@@ -6882,7 +6882,7 @@ class TestFaults:
                         took = time.monotonic() - begin
                         counts = sink.received()[0] if sink else {}
             matched, passed, lost = totals(output)
-            assert code == 0 and matched == load.opens and took < traceleft.CLOSE_TIMEOUT + 3
+            assert code == 0 and matched == load.opens and took < traceleft.CLOSE_TIMEOUT + length(15, 3)
             assert passed == sum(counts.values()) + sum(lost.values())
             assert set(lost) <= {"not_acknowledged"} and bool(lost) == (not ends)
             outcomes[ends] = f"passed {passed}, received {sum(counts.values())}, lost {lost}, end took {took:.1f} s"
