@@ -1055,6 +1055,9 @@ class TestSpec:
         (lambda s: edit(s, "channels", tls={}), ["channels[0].tls: unknown key; known: id, type, path, format, rotate"]),
         (lambda s: grpc_channel(s, tls={"cert": "c"}, gzip=1), ["gzip: expected a boolean", "tls: 'cert' and 'key' belong"]),
         (lambda s: grpc_channel(s, tls={"ca": ""}, spool={}), ["tls.ca: expected a text that is not empty", "spool: 'dir' is missing"]),
+        (lambda s: {**grpc_channel(s), "channels": [{"id": name, "type": "grpc", "path": "h:1", "spool": {"dir": path}}
+                                                    for name, path in (("1", "/s"), ("2", "/x/../s"))]},
+         ["channels[1].spool.dir: '/s' is already the spool.dir of channels[0]"]),
         (lambda s: grpc_channel(s, token_file="", path="dns:///x"), ["token_file: expected a text", "expected HOST:PORT"]),
         # filters
         (lambda s: edit(s, "events", name="opne"), ["events[0].name: unknown event 'opne' (did you mean 'open'?)"]),
@@ -1174,7 +1177,7 @@ class TestSchema:
     """What the validator accepts the schema accepts; what it refuses the schema refuses, where a schema can say so."""
 
     BEYOND = re.compile(  # what errors speak of that no schema can tell
-        r"filters are too many|unknown channel id|is already the id|stands (twice|in)|has no field|format for a (file|grpc) channel|"
+        r"filters are too many|unknown channel id|is already the (id|spool)|stands (twice|in)|has no field|format for a (file|grpc) channel|"
         r"rule: (syntax|write)|expected HOST:PORT")
 
     def test_the_file_is_what_the_program_prints(self):

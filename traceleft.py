@@ -2409,14 +2409,16 @@ class SpecParser:
         top = self.object(value, "", {"channels": list, "events": list}, {"$schema": str})
         channels = [self.channel(item, f"channels[{i}]") for i, item in enumerate(top.get("channels", []))]
         known = {channel.id: channel for channel in channels if channel}
-        self.unique("channels", [channel.id if channel else None for channel in channels])
+        self.unique("channels", "id", [channel.id if channel else None for channel in channels])
+        self.unique("channels", "spool.dir", [os.path.abspath(channel.spool.dir) if channel and channel.spool else None
+                                              for channel in channels])
         events = top.get("events", [])
         if "events" in top and not events:
             self.error("events", "expected at least one filter")
         if len(events) > MAX_FILTERS:
             self.error("events", f"{len(events)} filters are too many (at most {MAX_FILTERS})")
         filters = [self.filter(item, i, known, len(known) == len(channels)) for i, item in enumerate(events)]
-        self.unique("events", [member.id if member else None for member in filters])
+        self.unique("events", "id", [member.id if member else None for member in filters])
         spoken = self.spoken_formats(known, filters)
         if self.errors:
             raise SpecError(*self.errors)
@@ -2469,11 +2471,12 @@ class SpecParser:
         self.error(path, f"unknown {what} '{escape(name)}'{suggest(name, names)}; known: {', '.join(names)}")
         return None
 
-    def unique(self, path: str, ids: Sequence[Optional[str]]) -> None:
+    def unique(self, path: str, key: str, values: Sequence[Optional[str]]) -> None:
         first: Dict[str, int] = {}
-        for index, name in enumerate(ids):
-            if name is not None and first.setdefault(name, index) != index:
-                self.error(f"{path}[{index}].id", f"'{escape(name)}' is already the id of {path}[{first[name]}]")
+        for index, value in enumerate(values):
+            if value is not None and first.setdefault(value, index) != index:
+                self.error(f"{path}[{index}].{key}", f"'{escape(value)}' is already the {key} of "
+                                                     f"{path}[{first[value]}]")
 
     def channel(self, value: Any, path: str) -> Optional[ChannelSpec]:
         named = value.get("type") if isinstance(value, dict) else None
@@ -4004,12 +4007,30 @@ def check_spool(found: os.stat_result) -> None:
         raise OSError(errno.EACCES, "it is another user's, or others can write to it: chmod 700")
 
 
+def check_unlocked(path: str) -> None:
+    """Raises OSError when another agent has the spool; it may come between this and lock_spool()."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            lock_spool(fd)
+        finally:
+            os.close(fd)
+
+
+def lock_spool(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "another agent or channel uses it") from None
+
+
 def check_spool_path(path: str) -> None:
     """Raises OSError when open_spool() would fail; nothing is made."""
     parent, _, found = open_parent(path.rstrip("/"))
     try:
         if found is not None:
             check_spool(found)
+            check_unlocked(f"{path}/lock")
         elif not os.access(".", os.W_OK | os.X_OK, dir_fd=parent, effective_ids=True):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     finally:
@@ -4063,10 +4084,7 @@ class Spool:
         """Takes over what an earlier run has left behind. Raises OSError."""
         self.directory = open_spool(self.path)
         self.lock = os.open("lock", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "another agent or channel uses it") from None
+        lock_spool(self.lock)
         self.cursor_file = os.open("cursor", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
         self.cursor = self.read_cursor()
         for name in sorted(os.listdir(self.directory)):
