@@ -28,6 +28,20 @@ if __name__ == "__main__":  # the imports below take a tenth of a second: a sign
     for _number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_number, lambda *_: os._exit(0))
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # logrotate's: there is no file to open again yet
+    if "_relaunched" in globals():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    elif sys.argv[1:2] in (["trace"], ["collect"]) and sys.executable and os.path.isfile(__file__):
+        # Python keeps the parse tree of a script as long as it runs: 20 MB, half of what it would take. So what runs
+        # for long goes on in the same process with the code that it has been compiled to, and nothing else.
+        import marshal
+        _code = os.memfd_create("traceleft", 0)
+        os.write(_code, marshal.dumps(sys._getframe().f_code))
+        os.lseek(_code, 0, os.SEEK_SET)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # until there are handlers again
+        _flags = getattr(sys, "orig_argv", ["", *sys.argv])[1:-len(sys.argv)]
+        os.execv(sys.executable, [
+            sys.executable, *_flags, "-c", "import marshal, os, sys; _relaunched = int(sys.argv[1]); del sys.argv[:2]; "
+            "__file__ = sys.argv[0]; exec(marshal.load(os.fdopen(_relaunched, 'rb')))", str(_code), *sys.argv])
 
 import argparse
 import ast

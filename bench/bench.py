@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 import traceleft  # noqa: E402
 
 SCRIPT = HERE.parent / "traceleft.py"
+SEE_ALL = "import sys; sys.path.insert(0, {folder!r}); import traceleft; traceleft.BUSY_SHARE = {share}; sys.exit(traceleft.main(sys.argv[1:]))"
 KINDS = ("named", "other", "failing", "getppid", "mixed")
 READY_TIMEOUT = 20.0  # seconds
 
@@ -59,10 +60,11 @@ class Tool:
 
 
 class Floor(Tool):
-    """A program that does nothing but read the path, in this process."""
+    """A program in this process that does nothing but read the path, at entry; or, at exit, nothing at all."""
 
-    def __init__(self, work):
-        super().__init__("floor", [], None)
+    def __init__(self, work, name, program, tracepoint):
+        super().__init__(name, [], None)
+        self.program, self.tracepoint = program, tracepoint
         self.object = work / "floor.bpf.o"
         subprocess.run(["clang-14", "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-c", HERE / "floor.bpf.c", "-o", self.object],
                        check=True)
@@ -73,9 +75,9 @@ class Floor(Tool):
         options = traceleft.BpfObjectOpenOpts(ctypes.sizeof(traceleft.BpfObjectOpenOpts), b"floor")
         self.loaded = self.bpf.call("bpf_object__open_mem", data, len(data), ctypes.byref(options))
         self.bpf.call("bpf_object__load", self.loaded)
-        program = self.bpf.call("bpf_object__find_program_by_name", self.loaded, b"floor_open")
+        program = self.bpf.call("bpf_object__find_program_by_name", self.loaded, self.program)
         options = traceleft.BpfTracepointOpts(ctypes.sizeof(traceleft.BpfTracepointOpts), 0)
-        self.link = self.bpf.call("bpf_program__attach_tracepoint_opts", program, b"syscalls", b"sys_enter_openat",
+        self.link = self.bpf.call("bpf_program__attach_tracepoint_opts", program, b"syscalls", self.tracepoint,
                                   ctypes.byref(options))
 
     def stop(self):
@@ -98,7 +100,7 @@ def waited(seconds):
 class Bench:
     def __init__(self, work, rounds, seconds):
         self.work, self.rounds, self.seconds = work, rounds, seconds
-        self.path = work / "a" / "b" / "file"  # with /tmp and the work directory, five names
+        self.path = work / "a" / "b" / "file"  # the fifth below the root
         self.path.parent.mkdir(parents=True)
         self.load = work / "load"
         subprocess.run(["gcc", "-O2", "-o", self.load, HERE / "load.c"], check=True)
@@ -113,8 +115,10 @@ class Bench:
                         "output": {"metrics": "alerts_per_sec", "format": "json"}} for rule in rules]}))
         return path
 
-    def traceleft(self, name, spec, *options):
-        return Tool(name, [sys.executable, SCRIPT, "trace", *options, *(["--spec", spec] if spec else ["open"])],
+    def traceleft(self, name, spec, *options, see_all=None):
+        """`see_all`: attach to every syscall's exit, whatever the spec names."""
+        script = [SCRIPT] if see_all is None else ["-c", SEE_ALL.format(folder=str(SCRIPT.parent), share=-1 if see_all else 101)]
+        return Tool(name, [sys.executable, *script, "trace", *options, *(["--spec", spec] if spec else ["open"])],
                     output_has("traceleft: ready"))
 
     def run_load(self, kind, seconds, cpu=0, rate=0):
@@ -127,17 +131,19 @@ class Bench:
     def one_filter(self):
         return self.spec("one", [f"arg1 == '{self.path}'"])
 
-    def path_filter(self):
-        return self.spec("path", [f"path == '{self.path}'"])
-
     def many_filters(self):
         return self.spec("many", [f"arg1 == '{self.path}'", *(f"arg1 == '{self.path}{i}'" for i in range(255))])
+
+    def path_filter(self):
+        return self.spec("path", [f"path == '{self.path}'"])
 
     def tools(self):
         condition = f'str(args->filename) == "{self.path}"'
         return [
-            Floor(self.work),
+            Floor(self.work, "floor", b"floor_open", b"sys_enter_openat"),
+            Floor(self.work, "empty, at exit", b"floor_exit", b"sys_exit_openat"),
             self.traceleft("traceleft", self.one_filter()),
+            self.traceleft("traceleft, at every exit", self.one_filter(), see_all=True),
             self.traceleft("traceleft, path ==", self.path_filter()),
             self.traceleft("traceleft, 256 filters", self.many_filters()),
             self.traceleft("traceleft, printing all", None),
@@ -214,12 +220,16 @@ class Bench:
                 self.row(f"added per {what}, against {other}", f"<= {goal} x", f"{value:.2f} x", value <= goal)
         value = ratio("traceleft", "getppid", "bpftrace")
         self.row("added per syscall that the spec does not name, against bpftrace", "<= 1.05 x", f"{value:.2f} x", value <= 1.05)
+        value = ratio("traceleft", "getppid", "empty, at exit")
+        self.row("the same, against an empty program at exit", "", f"{value:.2f} x")
+        saved = added["traceleft"]["failing"] - added["traceleft, at every exit"]["failing"]
+        more = added["traceleft, at every exit"]["getppid"] - added["traceleft"]["getppid"]
+        self.row("share of named syscalls from which one program at every exit costs less", f"{traceleft.BUSY_SHARE}% is used",
+                 f"{100 * more / (more + saved):.0f}%" if saved + more > 0 else "none")
+        value = ratio("traceleft, path ==", "named", "traceleft")
+        self.row("added per open with path == on a name five deep, against arg1 ==", "", f"{value:.2f} x")
         value = ratio("traceleft, 256 filters", "named", "traceleft")
         self.row("added per event with 256 filters, against one", "<= 1.5 x", f"{value:.2f} x", value <= 1.5)
-
-        for kind, what in (("named", "event that matches"), ("failing", "failing open")):
-            more = added["traceleft, path =="][kind] - added["traceleft"][kind]
-            self.row(f"added per {what} by `path ==`, five names deep, beyond `arg1 ==`", "-", f"{more:.0f} ns")
 
         cpu, count, summary, memory = self.agent_cpu(long_seconds)
         (row,) = summary["filters"]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* The floor of the comparison: a program that does nothing but read the path of an open. */
+/* The floor of the comparison: a program that does nothing but read the path of an open, and one that does nothing. */
 #include "../bpf/vmlinux.h"
 
 #include <bpf/bpf_helpers.h>
@@ -29,6 +29,12 @@ int floor_open(struct sys_enter_context *context)
 
 	if (path)
 		bpf_probe_read_user_str(path->name, sizeof(path->name), (void *)context->args[1]);
+	return 0;
+}
+
+SEC("tp/syscalls/sys_exit_openat")
+int floor_exit(void *context __attribute__((unused)))
+{
 	return 0;
 }
 
