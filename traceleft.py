@@ -7940,7 +7940,7 @@ class FilterEstimate(NamedTuple):
                 *(format_rate(count / seconds) for count in (self.events, account.matched)), share,
                 format_rate(account.passed / seconds), format_rate(account.alerts / ticks),
                 "-" if self.groups is None else str(self.groups),
-                "-" if self.added_ns is None else f"{self.added_ns:.0f}"]
+                "-" if self.added_ns is None or not self.events else f"{self.added_ns:.0f}"]
 
     def warnings(self) -> Iterator[str]:
         """What is hardly meant, or costs more than it need."""
