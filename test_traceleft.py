@@ -2436,14 +2436,16 @@ class OtlpServer:
     or (number rejected, message) of a partial success.
     """
 
-    def __init__(self, **answers):
+    def __init__(self, credentials=None, **answers):
+        self.metadata = {}
         self.answers = {signal: list(values) for signal, values in answers.items()}
         self.requests = {"metrics": [], "logs": []}  # signal -> (time, request), whatever the answer was
         self.accepted = {"metrics": [], "logs": []}
         self.server = grpc.server(futures.ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
         self.serve("metrics", "rejected_data_points")
         self.serve("logs", "rejected_log_records")
-        self.port = self.server.add_insecure_port("localhost:0")
+        self.port = (self.server.add_secure_port("localhost:0", credentials) if credentials else
+                     self.server.add_insecure_port("localhost:0"))
         self.server.start()
 
     def serve(self, signal, rejected):
@@ -2454,6 +2456,7 @@ class OtlpServer:
 
         def export(servicer, request, context):
             self.requests[signal].append((time.monotonic(), request))
+            self.metadata[signal] = dict(context.invocation_metadata())
             answer = self.answers[signal].pop(0) if self.answers.get(signal) else None
             if isinstance(answer, grpc.StatusCode):
                 context.abort(answer, "not now")
@@ -2654,6 +2657,57 @@ class TestOtlp:
             aggregator.close()
         assert len(server.records) == 500 and aggregator.accounts["open-0"].delivered == 1500
         assert len(server.accepted["logs"]) > 1
+
+    def test_tls_token_and_gzip_are_as_for_any_grpc_channel(self, certificates, tmp_path):
+        (tmp_path / "token").write_text("secret")
+        credentials = grpc.ssl_server_credentials([((certificates / "server.key").read_bytes(), (certificates / "server.pem").read_bytes())])
+        with OtlpServer(credentials) as server:
+            spec = otlp_spec(server.port)
+            spec["channels"][0].update(tls={"ca": f"{certificates}/ca.pem"}, token_file=f"{tmp_path}/token", gzip=True)
+            aggregator = Aggregator(spec)
+            aggregator.add(an_open())
+            aggregator.tick(1.0)
+            aggregator.close()
+        assert server.sums()["open-0", "passed"] == 1 and len(server.records) == 1
+        assert {metadata["authorization"] for metadata in server.metadata.values()} == {"Bearer secret"}
+
+    def test_what_is_spooled_is_sent_by_the_next_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        spec = otlp_spec(1)
+        spec["channels"][0]["spool"] = {"dir": str(tmp_path / "spool")}
+        aggregator = Aggregator(spec, insecure=True)
+        aggregator.add(an_open())
+        aggregator.tick(1.0)
+        aggregator.close()
+        assert aggregator.accounts["open-0"].lost == {"in_spool": 1} and aggregator.summary()["balanced"]
+        monkeypatch.undo()
+        with OtlpServer() as server:
+            spec["channels"][0]["path"] = f"localhost:{server.port}"
+            later = Aggregator(spec, insecure=True)
+            later.add(an_open())
+            later.tick(2.0)
+            wait_until(lambda: len(server.records) == 2 and server.sums()["open-0", "passed"] == 2, "both runs' alerts")
+            later.close()
+        assert later.accounts["open-0"].delivered == 1
+        assert len({attributes_of(resource)["service.instance.id"] for resource, _ in server.metrics}) == 2
+
+    def test_a_clock_that_is_set_back(self):
+        with OtlpServer() as server:
+            aggregator = Aggregator(otlp_spec(server.port), insecure=True)
+            for now in (1000.0, 500.0, 501.0):
+                aggregator.add(an_open())
+                aggregator.tick(now)
+            aggregator.close()
+        points = [point for _, metric in server.metrics for point in metric.sum.data_points]
+        assert len(points) == 9 and all(point.start_time_unix_nano <= point.time_unix_nano for point in points)
+
+    def test_an_alert_without_its_sample(self):
+        with OtlpServer() as server:
+            aggregator = Aggregator(otlp_spec(server.port), insecure=True)
+            aggregator.states["open-0"].count(5, 5, 0, None)
+            aggregator.tick(1.0)
+            aggregator.close()
+        assert server.sums()["open-0", "passed"] == 5 and server.records == []
 
     def test_without_opentelemetry_proto(self, monkeypatch):
         monkeypatch.setattr(traceleft, "OTLP_PROTO", "opentelemetry.absent")
@@ -4693,7 +4747,9 @@ class TestRecordings:
         data = (tmp_path / "rec").read_bytes()
         cut = tmp_path / "cut"
         events = []
-        for length in range(len(data)):
+        ends = [at for at in range(len(data)) if data[at:at + 4] in (b"\1\0\0\0", b"\2\0\0\0", b"\3\0\0\0", b"\4\0\0\0")]
+        near = {at + offset for at in ends for offset in (-1, 0, 1, 4, 8, 12)}
+        for length in sorted({*range(0, len(data), 11), *near} & set(range(len(data)))):
             cut.write_bytes(data[:length])
             message = self.refused(cut)
             assert ("is torn: from byte" if length >= len(traceleft.RECORDING_MAGIC) else "is no recording") in message
@@ -4707,13 +4763,13 @@ class TestRecordings:
     def test_a_flipped_bit_anywhere_is_found(self, tmp_path):
         self.make(tmp_path / "rec", self.opens(2, each=2))
         data = (tmp_path / "rec").read_bytes()
-        for place in range(len(data)):
+        for place in {*range(40), *range(0, len(data), 7)}:
             (tmp_path / "bad").write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1:])
             assert re.search("is torn|is no recording", self.refused(tmp_path / "bad"))
         (tmp_path / "bad").write_bytes(data + b"x")
         assert "is torn" in self.refused(tmp_path / "bad")
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.lists(st.tuples(st.integers(0, 6), st.one_of(
         st.binary(max_size=400), st.builds(lambda fields, event, text, rest: struct.pack("<qI", 5, traceleft.HEADER.size + len(text)) + raw_record(
             event, fields[:8], text, fields[8], **dict(zip(("path", "exe", "flags"), fields[9:]))) + rest,
@@ -4746,6 +4802,14 @@ class TestRecordings:
         self.make(tmp_path / "rec", self.opens(1))
         monkeypatch.undo()
         assert "event 'open' has the arguments filename:path, and not filename:path flags:int mode:mode" in self.refused(tmp_path / "rec")
+
+    def test_a_recording_that_shrinks_while_it_is_read(self, tmp_path):
+        self.make(tmp_path / "rec", self.opens(3))
+        recording = traceleft.Recording(str(tmp_path / "rec"))
+        os.truncate(tmp_path / "rec", (tmp_path / "rec").stat().st_size // 2)
+        with pytest.raises(traceleft.TraceleftError, match="was changed while it was read"):
+            list(recording.read())
+        recording.close()
 
     def test_files_that_are_no_recordings(self, tmp_path):
         os.mkfifo(tmp_path / "fifo")
@@ -4789,7 +4853,7 @@ class TestRecordingLive:
         spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
         first = spec["events"][0]
         rules = [("open", f"filename == '{path}'", "frequency=7;threshold=100"), ("open", f"regex(filename, '^{tmp_path}/')", "frequency=3;by=comm"),
-                 ("open", "", "frequency=10;by=pid"), ("close", f"path != '{path}'", "frequency=2"), ("getppid", "", "frequency=1;threshold=2"),
+                 ("open", "", "frequency=10;by=pid"), ("close", f"path != '{path}'", "frequency=2"), ("getppid", "", "threshold=2;by=pid"),
                  ("open", f"endswith(path, '/{path.name}') and flags & O_CREAT", "threshold=50;by=comm,uid")]
         spec["events"] = [{**first, "id": f"{name}-{i}", "name": name, "rule": rule, "function": {"id": "sigma", "parameters": parameters}}
                           for i, (name, rule, parameters) in enumerate(rules)]
@@ -6154,6 +6218,7 @@ class TestScreenInTerminal:
         assert tmux.modes == before
 
     @pytest.mark.parametrize("end, shown", [("C-c", "^total 0"), ("TERM", "^total 0"), (r"C-\\", "^total 0"), ("q", "^total 0"),
+                                            ("TERM after a Ctrl-S", "^total 0"),
                                             ("exception", "^ZeroDivisionError")])
     def test_the_terminal_is_left_as_it_was(self, tmux, end, shown):
         before = tmux.modes
@@ -6163,7 +6228,10 @@ class TestScreenInTerminal:
             tmux.type(f'{sys.executable} -c "{code}"')
         else:
             self.start(tmux)
-            if end == "TERM":
+            if end.startswith("TERM"):
+                if end.endswith("S"):
+                    tmux.keys("C-s", "s")
+                    tmux.wait("sort: total")
                 os.kill(self.pid(tmux), signal.SIGTERM)
             else:
                 tmux.keys(end.replace("\\\\", "\\"))

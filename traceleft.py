@@ -76,7 +76,6 @@ import termios
 import textwrap
 import threading
 import time
-import unicodedata
 import uuid
 import warnings
 import zlib
@@ -4850,6 +4849,7 @@ class OtlpMetrics(OtlpSignal):
     def encode(self, alert: Alert) -> bytes:
         matched = self.accounts[alert.filter.id].matched
         begin, before = self.since.get(alert.filter.id, (max(min(self.begin, alert.time - 1), 0.0), 0))
+        begin = min(begin, alert.time)  # the clock may have been set back
         self.since[alert.filter.id] = alert.time, matched
         attributes = self.attributes(filter_attributes(alert.filter))
         metrics = [self.messages.Metric(name=name, description=description, unit="{event}", sum=self.messages.Sum(
@@ -4887,14 +4887,16 @@ class OtlpLogs(OtlpSignal):
         self.event_name = {"event_name": "traceleft.sample"} if "event_name" in known else {}  # since OTLP 1.5
 
     def encode(self, alert: Alert) -> bytes:
-        if alert.sample is None:
+        sample, time_ns = alert.sample, int(alert.time * 1e9)
+        if sample is None and alert.detail is None:
             return b""
         attributes = {**filter_attributes(alert.filter), "traceleft.count": alert.count, **detail_attributes(alert),
-                      **sample_attributes(alert.sample)}
+                      **(sample_attributes(sample) if sample is not None else {})}
+        body = format_event(sample) if sample is not None else "no sample: there was no room for it"
         record = self.messages.LogRecord(
-            time_unix_nano=alert.sample.timestamp_ns, observed_time_unix_nano=int(alert.time * 1e9),
+            time_unix_nano=sample.timestamp_ns if sample is not None else time_ns, observed_time_unix_nano=time_ns,
             severity_number=self.messages.SEVERITY_NUMBER_INFO, attributes=self.attributes(attributes),
-            body=self.common.AnyValue(string_value=wire_text(format_event(alert.sample))), **self.event_name)
+            body=self.common.AnyValue(string_value=wire_text(body)), **self.event_name)
         scope = self.messages.ScopeLogs(scope=self.scope, log_records=[record], schema_url=OTLP_SCHEMA)
         data: bytes = self.request(resource_logs=[self.messages.ResourceLogs(
             resource=self.resource, scope_logs=[scope], schema_url=OTLP_SCHEMA)]).SerializeToString()
@@ -4934,8 +4936,13 @@ class OtlpChannel(Channel):
         return sum(part.weigh(alert) for part in self.parts)
 
     def open(self) -> None:
-        for part in self.parts:
-            part.open()
+        metrics, logs = self.parts
+        metrics.open()
+        try:
+            logs.open()
+        except TraceleftError:
+            metrics.close()
+            raise
 
     def send(self, alert: Alert) -> None:
         for part in self.parts:
@@ -6646,10 +6653,15 @@ class Recording:
         return events
 
     def read(self) -> Iterator[Tuple[int, List[Event]]]:
-        """Clock offset in ns and events, block by block."""
+        """Clock offset in ns and events, block by block. Raises TraceleftError when they are not there any more."""
+        left = self.events
         for block in self.blocks():
             if block.kind == BLOCK_EVENTS:
-                yield CLOCK_OFFSET.unpack_from(block.data)[0], self.decode(block)
+                events = self.decode(block)
+                left -= len(events)
+                yield CLOCK_OFFSET.unpack_from(block.data)[0], events
+        if left:
+            raise TraceleftError(f"{escape(self.path)} was changed while it was read")
 
     def close(self) -> None:
         self.file.close()
@@ -7505,6 +7517,7 @@ def cell_width(c: str) -> int:
     """The columns of a terminal that a printable character takes."""
     if c < "\u0300":
         return 1
+    unicodedata = importlib.import_module("unicodedata")  # a megabyte that most hosts' names do without
     if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(c) in "WF" else 1
@@ -7791,6 +7804,7 @@ class Terminal:
         if self.reads_keys:
             self.saved = self.saved or termios.tcgetattr(0)
             mode = termios.tcgetattr(0)
+            mode[0] &= ~termios.IXON  # after a Ctrl-S a write would not return
             mode[3] &= ~(termios.ICANON | termios.ECHO)
             mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
             termios.tcsetattr(0, termios.TCSADRAIN, mode)
