@@ -23,7 +23,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftoo
 VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev
 
 help: ## show this list
-	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 run: install-run ## trace this host with SPEC (default spec/aggregator-spec.json) until Ctrl-C
 	$(Q)exec ./traceleft.py trace --spec $(SPEC) $(OPTIONS)

@@ -235,13 +235,17 @@ static __always_inline void read_name(struct dentry *dentry, struct dentry_name 
 /* A name of the file system, and the slash before it. */
 static __always_inline bool prepend_name(struct record *record, const struct dentry_name *name)
 {
+	__u64 at;
+
 	if (!prepend(record, name->name, name->length))
 		return false;
 	if (record->at <= record->begin) {
 		record->flags |= EVENT_PATH_INCOMPLETE;
 		return false;
 	}
-	record->data[--record->at & TEXT_MASK] = '/'; /* a call of bpf_probe_read_kernel() costs as much as the rest */
+	at = --record->at;
+	BOUND(at, TEXT_MASK);
+	record->data[at] = '/'; /* a call of bpf_probe_read_kernel() costs as much as the rest */
 	return true;
 }
 
@@ -1422,8 +1426,11 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 	return 0;
 }
 
-__noinline int other_row(struct record *record, __u32 row, __u32 pid, __s64 ret, int at_entry)
+/* The record is looked up anew: before Linux 6.2 one that came as an argument may not be put into a map. */
+__noinline int other_row(__u32 row, __u32 pid, __s64 ret, int at_entry)
 {
+	struct record *record = own_record(0);
+
 	return record ? syscall(record, row, pid, ret, at_entry) : 0;
 }
 
@@ -1441,7 +1448,7 @@ static __always_inline int syscall_rows(__u64 cookie, struct task_struct *task, 
 	for (__u32 i = 1; i < MAX_ROWS_OF_SYSCALL; i++) {
 		if (i >= cookie >> 32)
 			break;
-		other_row(record, (__u32)cookie + i, pid, ret, at_entry);
+		other_row((__u32)cookie + i, pid, ret, at_entry);
 	}
 	return 0;
 }
