@@ -2336,6 +2336,12 @@ class Filter:
         """What the output function is to the kernel side."""
         return OUTPUTS[self.metrics].pack(**self.output_parameters)
 
+    def counts_as(self, other: Optional[Filter]) -> bool:
+        """Whether both are one filter, and match and count alike, whatever becomes of the alerts."""
+        return other is not None and all(getattr(self, name) == getattr(other, name) for name in (
+            "id", "event", "rule_text", "processing", "parameters", "metrics",
+            "output_parameters"))
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -2688,12 +2694,12 @@ MAX_FILTER_ROWS = 64          # of one filter: a rule that needs more is left to
 MAX_TEXT = 4096               # bytes of a text that the kernel side captures: PATH_MAX
 SIGN64 = 1 << 63
 
-# struct dimension, the begin of struct matcher, struct vector, struct text_key, struct text and struct filter
+# struct dimension, the begin of struct matcher, struct vector, struct text and struct filter
 DIMENSION = struct.Struct("=BBHIIIIIQQ")
 MATCHER = struct.Struct("=IIIIII")
 VECTOR_SIZE = 8 * MAX_WORDS
-TEXT_KEY = struct.Struct("=IIQ")
-TEXT = struct.Struct("=II")
+TEXT = struct.Struct("=QIIIII4x")
+MAX_PROBES = 32               # entries of the table of texts that are looked at for one
 FILTER = struct.Struct("=QQIIIIIIIIBB3s3s24s24s")
 HISTOGRAM = struct.Struct(f"={BUCKETS}Q48x")
 TOP_SLOT = struct.Struct("=QQ" + f"Q{TOP_TEXT}s" * TOP_FIELDS)
@@ -3004,6 +3010,9 @@ class KernelFilter(NamedTuple):
     spec: Optional[Filter]
 
 
+UNUSED = KernelFilter("", None)
+
+
 @dataclass
 class Placement:
     """Where one filter is evaluated, for `explain`."""
@@ -3016,20 +3025,25 @@ class Placement:
 class Tables:
     """The contents of the kernel's maps for a set of filters, or for event types that are streamed whole."""
 
-    def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = (), shown: int = ALL_FIELDS) -> None:
+    def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = (), shown: int = ALL_FIELDS,
+                 previous: Optional[Tables] = None) -> None:
         """`streamed`: events that are streamed whole, beside what the filters count of them.
 
-        `shown`: the fields that records carry, a bit of each enum field.
+        `shown`: the fields that records carry, a bit of each enum field. With `previous`, filters that are in both have
+        the same number in both; the others have one that is free. Those that are no more keep theirs until retire().
         """
         self.shown = shown
-        self.seeds = struct.unpack("=QQ", os.urandom(16))
-        self.filters: List[KernelFilter] = []
+        self.seeds: Tuple[int, ...] = previous.seeds if previous else struct.unpack("=QQ", os.urandom(16))
+        self.filters: List[KernelFilter] = list(previous.filters) if previous else []  # by their numbers
+        self.live: Set[int] = set()  # numbers of those that these tables use
+        self.before = {member.spec.id: i for i, member in enumerate(self.filters) if member.spec is not None}
+        self.free = collections.deque(i for i, member in enumerate(self.filters) if member is UNUSED)
         self.placements: List[Placement] = []
         self.matchers: Dict[str, bytes] = {}
         self.dimensions: Dict[str, List[Dimension]] = {}
         self.vectors: List[bytes] = []
         self.bounds: List[int] = []
-        self.texts: Dict[bytes, bytes] = {}
+        self.texts: Dict[Tuple[int, int, int], Tuple[int, int]] = {}  # hash, dimension, length -> vector, literal
         self.literals: List[int] = []
         self.literal_places: Dict[bytes, int] = {}
         self.rows: List[int] = []
@@ -3067,14 +3081,12 @@ class Tables:
                 streamed = unite([*streamed, *compiled.rows])
                 continue
             rows += compiled.rows
-            self.rows += [len(self.filters)] * len(compiled.rows)
+            self.rows += [self.number(KernelFilter(event, member))] * len(compiled.rows)
             self.add_output(member)
-            self.filters.append(KernelFilter(event, member))
             fields |= self.filter_fields(member)
         if streamed:
             rows += streamed
-            self.rows += [len(self.filters)] * len(streamed)
-            self.filters.append(KernelFilter(event, None))
+            self.rows += [self.number(KernelFilter(event, None))] * len(streamed)
         self.dimensions[event] = sorted(set().union(*rows) if rows else set())
         self.matchers[event] = self.pack_matcher(event, rows, first_row, fields)
 
@@ -3090,6 +3102,25 @@ class Tables:
         if output != OUTPUT_NONE:
             self.output_places[member.id] = self.output_counts[output]
             self.output_counts[output] += 1
+
+    def number(self, member: KernelFilter) -> int:
+        """The filter's number: that of the one which it goes on for, or else one that is free.
+
+        A stream never goes on: by the number, records of before a new spec are told from those after it.
+        """
+        number = self.before.get(member.spec.id, -1) if member.spec is not None else -1
+        if number < 0 or not member.spec or not member.spec.counts_as(self.filters[number].spec):
+            number = self.free.popleft() if self.free else len(self.filters)
+        self.filters[number:number + 1] = [member]
+        self.live.add(number)
+        return number
+
+    def retire(self) -> Set[int]:
+        """Frees the numbers that only the previous tables used, and returns them."""
+        retired = {i for i, member in enumerate(self.filters) if member is not UNUSED} - self.live
+        for number in retired:
+            self.filters[number] = UNUSED
+        return retired
 
     @staticmethod
     def filter_fields(member: Filter) -> int:
@@ -3158,9 +3189,9 @@ class Tables:
             return DIMENSION.pack(dimension.kind, dimension.field, len(text), number, default, self.literal(text), 1,
                                   0, 0, 0)
         for text, bits in changes.items():
-            key = TEXT_KEY.pack(number, len(text), hash_text(text, self.seeds[0]))
+            key = (hash_text(text, self.seeds[0]), number, len(text))
             assert key not in self.texts  # 2^-64 for each pair
-            self.texts[key] = TEXT.pack(self.vector(others ^ bits), self.literal(text))
+            self.texts[key] = (self.vector(others ^ bits), self.literal(text))
         return DIMENSION.pack(dimension.kind, dimension.field, dimension.length, number, default, 0, len(changes),
                               0, 0, 0)
 
@@ -3171,8 +3202,29 @@ class Tables:
             self.literals += text_words(text)
         return self.literal_places[text]
 
+    def text_table(self) -> List[bytes]:
+        """The entries of the kernel's table of texts: a power of two, so many that every text is found soon."""
+        size = 1
+        while True:
+            size *= 2
+            table: List[bytes] = [bytes(TEXT.size)] * size
+            if size >= 2 * len(self.texts) and all(self.place_text(table, *item) for item in self.texts.items()):
+                return table
+
+    @staticmethod
+    def place_text(table: List[bytes], key: Tuple[int, int, int], value: Tuple[int, int]) -> bool:
+        """Puts a text where find_text() in bpf/traceleft.bpf.c looks for it. Returns whether there was room."""
+        for probe in range(MAX_PROBES):
+            place = (key[0] + probe) % len(table)
+            if not any(table[place]):
+                table[place] = TEXT.pack(*key, *value, 1)
+                return True
+        return False
+
     def pack_filter(self, member: KernelFilter) -> bytes:
         """struct filter."""
+        if member is UNUSED:
+            return bytes(FILTER.size)
         if member.spec is None:
             return FILTER.pack(1, 0, FILTER_STREAM, 0, self.shown, 0, PROCESSING_SIGMA, 0, OUTPUT_NONE, 0, 0, 0, b"",
                                b"", b"", b"")
@@ -3186,11 +3238,6 @@ class Tables:
                            any(read.is_signed for read in output.fields), bytes(number for number, _ in shown),
                            bytes(is_text for _, is_text in shown), bytes(number for number, _ in by),
                            bytes(is_text for _, is_text in by))
-
-    @property
-    def group_count(self) -> int:
-        """Entries of the kernel's table of groups."""
-        return self.max_groups * sum(1 for member in self.filters if member.spec and member.spec.parameters["by"])
 
 
 def derived_groups(member: Filter) -> Tuple[str, ...]:
@@ -5259,6 +5306,9 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "bpf_map__fd":                        (_int,     (_pointer,)),
     "bpf_map__set_max_entries":           (_int,     (_pointer, ctypes.c_uint32)),
     "bpf_map__set_initial_value":         (_int,     (_pointer, _pointer, _size)),
+    "bpf_map__reuse_fd":                  (_int,     (_pointer, _int)),
+    "bpf_map_create":                     (_int,     (_int, _text, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32,
+                                                      _pointer)),
     "bpf_map_delete_elem":                (_int,     (_int, _pointer)),
     "bpf_map_update_elem":                (_int,     (_int, _pointer, _pointer, ctypes.c_uint64)),
     "bpf_map_lookup_elem":                (_int,     (_int, _pointer, _pointer)),
@@ -5472,8 +5522,12 @@ CLASS_EVENT = struct.Struct("=QII")
 SYSCALL_ROWS = struct.Struct("=HH")
 FILTER_COUNTS = struct.Struct("=QQQQQ24x")
 FILTER_STATE = struct.Struct("=16sII40x")
+GROUP_KEY_SIZE = GROUP_SIZE = 16
+MATCHER_SIZE = MATCHER.size + MAX_DIMENSIONS * DIMENSION.size
 SETTINGS = struct.Struct("=IIQQIIII")
-RUN = struct.Struct("=I4xQQQQ")
+RUN = struct.Struct("=IIQQQQ")
+BPF_MAP_TYPE_HASH = 1  # include/uapi/linux/bpf.h
+SYS_MEMBARRIER, MEMBARRIER_CMD_GLOBAL = {"x86_64": 324, "aarch64": 283}, 1  # include/uapi/linux/membarrier.h
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
 RECORD_TAG_OFFSET = HEADER.size - 16 - RECORD_TAG.size
 SOURCE_ANY_PROCESS, SOURCE_BY_PROCESS, SOURCE_AT_ENTRY, SOURCE_NO_RETURN = 1, 2, 4, 8
@@ -5705,12 +5759,24 @@ class Attachment(NamedTuple):
 
 
 BTF_PROGRAMS = {
-    # program -> the BTF tracepoint that its section names
+    # program that is attached -> the BTF tracepoint that its section names
     "every_sys_exit": "tp_btf/sys_exit", "tcp_state": "tp_btf/inet_sock_set_state",
     "follow_fork": "tp_btf/sched_process_fork", "forget_process": "tp_btf/sched_process_free",
     "new_program": "tp_btf/sched_process_exec",
 }
-PROGRAMS = ("sys_exit", "sys_enter", "tcp_accept", "uring_submit", "tcp_owners", "feed", *BTF_PROGRAMS)
+GATES: Dict[str, Tuple[str, int]] = {
+    # program that is attached -> table of programs and, there, twice the place of the program behind it, on_NAME
+    "sys_exit": ("tracepoints", 0), "sys_enter": ("tracepoints", 1), "tcp_accept": ("tracepoints", 2),
+    "every_sys_exit": ("every_exits", 0), "new_program": ("new_programs", 0), "tcp_state": ("tcp_states", 0),
+}
+PROGRAMS = (*GATES, *(f"on_{name}" for name in GATES), "follow_fork", "forget_process", "uring_submit", "tcp_owners",
+            "feed")
+# Maps that a new generation takes over: those that both need, with what the programs remember of calls and connections,
+# and those that hold the counts and what belongs to the run
+TAKEN_OVER_IF_USED = ("events", "pending", "pending_long", "sockets")
+TAKEN_OVER = (".bss", "filter_states", "filter_counts", "groups", "processes", "classes", "uring", "scratch", "samples",
+              *dict.fromkeys(table for table, _ in GATES.values()))
+SPARE_FILTERS = 512            # numbers for the filters of new specs, beside twice those of the first
 URING_TRACEPOINTS = ("io_uring_submit_req", "io_uring_submit_sqe")  # since Linux 6.4, and before
 
 
@@ -5772,7 +5838,7 @@ class Tops:
 
     def clear(self, tick: int) -> None:
         """Makes room for a tick that begins. What was counted too late for the tick that had the table is kept."""
-        for member in (member.spec for member in self.tables.filters):
+        for member in (self.tables.filters[number].spec for number in self.tables.live):
             if member is None or member.packed_output.output != OUTPUT_TOP:
                 continue
             late = collections.Counter(self.table(member, tick & 1))
@@ -5827,22 +5893,28 @@ class Tracer:
     The process that traces is left out, unless a selector names its PID. With `tables` only the events that their
     filters stream are yielded; the others are counted in the kernel, see read_counts() and take_sample(). With `follow`
     the children of the processes that the selectors name are traced like them. `see_all` chooses between one program at
-    every syscall's exit and one for each syscall; None: as explain says.
+    every syscall's exit and one for each syscall; None: as explain says. reload() changes the tables while it traces,
+    with up to `spare_filters` filters more; `previous` is for its use.
     """
 
     def __init__(self, selectors: Union[str, Iterable[Union[str, Selector]], Mapping[str, Wanted]],
                  tables: Optional[Tables] = None, ring_bytes: Optional[int] = None, verbose: bool = False,
-                 follow: bool = False, see_all: Optional[bool] = None) -> None:
+                 follow: bool = False, see_all: Optional[bool] = None, spare_filters: int = 0,
+                 previous: Optional[Tracer] = None) -> None:
         if isinstance(selectors, Mapping):
             self.plan = dict(selectors)
         else:
             texts = selectors.split() if isinstance(selectors, str) else selectors
             self.plan = plan_selectors([parse_selector(s) if isinstance(s, str) else s for s in texts])
         self.tables = tables if tables is not None else Tables((), self.plan)
-        self.streams = any(member.spec is None for member in self.tables.filters)
+        self.previous = previous
+        self.streams = any(member.spec is None for member in self.tables.filters if member is not UNUSED)
         self.samples_expected = any(member.spec is not None for member in self.tables.filters)
         self.ring_bytes = ring_bytes or (STREAM_RING_BYTES if self.streams else os.sysconf("SC_PAGE_SIZE"))
         self.sample_ring_bytes = min(ring_bytes or SAMPLE_RING_BYTES, SAMPLE_RING_BYTES)
+        self.ring_bytes_given = ring_bytes
+        if previous is not None:  # it can only grow: records may be in it
+            self.ring_bytes = max(self.ring_bytes, previous.ring_bytes)
         self.verbose, self.follow, self.see_all = verbose, follow, see_all
         self.attached: List[Attachment] = []
         self.classes: Dict[Tuple[Tuple[str, int], ...], int] = {}  # (event, program id) of a process -> its class
@@ -5859,8 +5931,15 @@ class Tracer:
         self.histograms: Any = None
         self.tops: Any = None
         self.rings: Dict[str, Any] = {}  # the ring buffers' consumer and producer positions, mapped
+        self.states: Any = None  # struct filter_state of each filter, mapped
+        self.generation: int = previous.generation + 1 if previous else 0
         self.sizes: Dict[str, int] = {}  # entries of maps
-        self.links: List[Any] = []
+        self.links: Dict[Attachment, Tuple[Any, int]] = {}  # -> struct bpf_link, descriptor of the program
+        self.program_fds: Dict[int, str] = {}  # programs that are attached: those of earlier generations may be, too
+        self.misses_before = 0  # of programs that are no more
+        self.submitted_before = self.lost_samples_before = 0  # of filters that are no more
+        self.event_types: int = previous.event_types if previous else len(EVENT_NAMES)  # of `classes`, for each class
+        self.max_filters: int = previous.max_filters if previous else len(self.tables.filters) + spare_filters
         self.clock_offset_ns = 0
         self.callback_error: Optional[BaseException] = None
         self.sample_callback = SampleCallback(self.take_record)  # referenced as long as libbpf may call it
@@ -5888,7 +5967,7 @@ class Tracer:
     def load(self) -> None:
         """Opens and loads the object and fills its tables; nothing is attached yet."""
         check_host()
-        self.bpf = Libbpf(self.verbose)
+        self.bpf: Libbpf = self.previous.bpf if self.previous else Libbpf(self.verbose)
         self.tracefs = mounted_tracefs()
         self.sources = plan_sources(self.plan, self.tracefs)
         self.sees_all = sees_all_syscalls(self.sources) if self.see_all is None else self.see_all
@@ -5908,29 +5987,31 @@ class Tracer:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
         self.run = mmap.mmap(self.map_fd(".bss"), mmap.PAGESIZE)  # struct run
-        self.counts = self.mapped("filter_counts", FILTER_COUNTS.size)
-        self.count_words = self.sizes["filter_counts"] * FILTER_COUNTS.size // 8
-        self.histograms = Histograms(self.mapped("histograms", HISTOGRAM.size), self.tables)
-        self.tops = Tops(self.mapped("tops", TOP_SLOT.size), self.tables)
+        self.counts = self.mapped("filter_counts", self.max_filters * self.cpus * FILTER_COUNTS.size)
+        self.states = self.mapped("filter_states", self.max_filters * FILTER_STATE.size)
+        self.histograms = Histograms(self.mapped("histograms", self.sizes["histograms"] * HISTOGRAM.size), self.tables)
+        self.tops = Tops(self.mapped("tops", self.sizes["tops"] * TOP_SLOT.size), self.tables)
         if hasattr(self.bpf.libc, "malloc_trim"):  # musl has none
             self.bpf.libc.malloc_trim(0)  # libbpf has read the kernel's BTF: 5 to 10 MB that it needs no more
         self.fill_tables()
-        self.open_ring()
+        if self.previous is None:
+            self.open_gates()
+            self.open_ring()
 
-    def mapped(self, name: str, value_bytes: int) -> mmap.mmap:
+    def mapped(self, name: str, size: int) -> mmap.mmap:
         """A map of the kernel side as memory."""
-        size = max(self.sizes[name], 1) * value_bytes
-        return mmap.mmap(self.map_fd(name), -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+        return mmap.mmap(self.map_fd(name), -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
 
     def attachments(self) -> List[Attachment]:
         """What will be attached, in this order."""
         found = []
-        for _, rows in itertools.groupby(enumerate(self.sources), lambda numbered: numbered[1].place()):
-            (row, source), *more = rows
-            cookie = row | (1 + len(more)) << 32  # the kernel attaches a program only once to a tracepoint
+        for _, (source, *_) in ((place, list(rows)) for place, rows in itertools.groupby(self.sources, Source.place)):
+            cookie = self.syscall_place(source.syscall) if source.syscall else 0
+            numbered = source.syscall is not None and syscall_number(source.syscall.name) is not None
             if source.syscall is not None and (source.at_entry or source.silent):
                 found.append(Attachment("sys_enter", "syscalls", f"sys_enter_{source.syscall.tracepoint}", cookie))
-            if source.syscall is not None and not source.silent and not self.sees_all:
+            if source.syscall is not None and not source.silent and not (
+                    self.sees_all and numbered):
                 found.append(Attachment("sys_exit", "syscalls", f"sys_exit_{source.syscall.tracepoint}", cookie))
         if self.sees_all:
             found.append(Attachment("every_sys_exit"))
@@ -5948,37 +6029,50 @@ class Tracer:
             offset = field_offset(f"{self.tracefs}/events/io_uring/{name}/format", "opcode")
             if offset is not None:
                 found.append(Attachment("uring_submit", "io_uring", name, offset))
-        return found
+        return list(dict.fromkeys(found))
 
     def configure(self) -> None:
         """What has to be set between opening and loading."""
         own_pid = 0 if any(os.getpid() in wanted.pids for wanted in self.plan.values()) else os.getpid()
-        cpus = self.bpf.call("libbpf_num_possible_cpus")
-        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, len(EVENT_NAMES), cpus,
-                                 len(self.tables.filters), self.tables.output_counts[OUTPUT_HISTOGRAM])
+        self.cpus: int = self.bpf.call("libbpf_num_possible_cpus")
+        texts = self.tables.text_table()
+        settings = SETTINGS.pack(own_pid, WAKEUP_BYTES, *self.tables.seeds, self.event_types, self.cpus,
+                                 self.tables.output_counts[OUTPUT_HISTOGRAM], len(texts) - 1)
         self.bpf.call("bpf_map__set_initial_value", self.map(".rodata"), settings, len(settings))
         self.attached = self.attachments()
         needed = {attachment.program for attachment in self.attached}
-        if "tcp_state" in needed:
-            needed.add("tcp_owners")
+        needed |= {f"on_{name}" for name in needed & set(GATES)} | ({"tcp_owners"} if "tcp_state" in needed else set())
         for name in PROGRAMS:
             self.bpf.call("bpf_program__set_autoload", self.program(name), name in needed)
+        for name, entries in self.map_sizes(needed, len(texts)).items():
+            self.bpf.call("bpf_map__set_max_entries", self.map(name), max(entries, 1))
+        for name in self.taken_over():
+            assert self.previous is not None
+            self.bpf.call("bpf_map__reuse_fd", self.map(name), self.previous.map_fd(name))
+
+    def map_sizes(self, needed: Set[str], texts: int) -> Dict[str, int]:
+        """Map -> its entries, for these programs and a table of so many texts."""
         tables, by_process = self.tables, "forget_process" in needed
-        sizes = self.sizes = {
+        pending = MAX_PENDING if any(source.at_entry for source in self.sources) else 1
+        self.sizes = {
             "events": self.ring_bytes, "samples": self.sample_ring_bytes, "sources": len(self.sources),
             "processes": MAX_PROCESSES if by_process else 1,
-            "classes": MAX_CLASSES * len(EVENT_NAMES) if by_process else 1,
-            "matchers": len(EVENT_NAMES), "vectors": len(tables.vectors), "bounds": len(tables.bounds),
-            "texts": len(tables.texts), "literals": len(tables.literals), "rows": len(tables.rows),
-            "filters": len(tables.filters), "filter_states": len(tables.filters),
-            "filter_counts": cpus * len(tables.filters),
-            "histograms": cpus * tables.output_counts[OUTPUT_HISTOGRAM],
-            "tops": 2 * TOP_SLOTS * tables.output_counts[OUTPUT_TOP],
-            "groups": tables.group_count, "scratch": 2 * cpus, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
-        for name in ("pending", "pending_long"):
-            sizes[name] = MAX_PENDING if any(source.at_entry for source in self.sources) else 1
-        for name, entries in sizes.items():
-            self.bpf.call("bpf_map__set_max_entries", self.map(name), max(entries, 1))
+            "classes": MAX_CLASSES * self.event_types if by_process else 1,
+            "matchers": len(EVENT_NAMES), "entry_rows": len(EVENT_NAMES), "vectors": len(tables.vectors),
+            "bounds": len(tables.bounds), "texts": texts, "literals": len(tables.literals), "rows": len(tables.rows),
+            "filters": len(tables.filters), "filter_states": self.max_filters, "groups": self.max_filters,
+            "filter_counts": self.cpus * self.max_filters, "tops": 2 * TOP_SLOTS * tables.output_counts[OUTPUT_TOP],
+            "histograms": self.cpus * tables.output_counts[OUTPUT_HISTOGRAM], "scratch": 2 * self.cpus,
+            "pending": pending, "pending_long": pending, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
+        return self.sizes
+
+    def taken_over(self) -> List[str]:
+        """The maps that are those of the generation before."""
+        if self.previous is None:
+            return []
+        before = self.previous.sizes
+        used = [name for name in TAKEN_OVER_IF_USED if before[name] == self.sizes[name] and before[name] > 1]
+        return [*TAKEN_OVER, *used]
 
     def program(self, name: str) -> Any:
         return self.bpf.call("bpf_object__find_program_by_name", self.object, name.encode())
@@ -5996,33 +6090,68 @@ class Tracer:
         for key, value in entries:
             self.bpf.call("bpf_map_update_elem", fd, key, value, 0)
 
+    def fill(self, name: str, values: Iterable[bytes]) -> None:
+        """Sets the entries of one of the tables in their order."""
+        packed = [value.ljust((len(value) + 7) & ~7, b"\0") for value in values]  # as the kernel places them
+        if packed:
+            with self.mapped(name, len(packed) * len(packed[0])) as memory:
+                memory[:len(packed) * len(packed[0])] = b"".join(packed)
+
+    def fill_numbered(self, name: str, values: Mapping[int, int], entries: int) -> None:
+        """The same for a table of 32-bit integers: number -> value, of which the others are 0."""
+        self.fill(name, (struct.pack("=I", values.get(number, 0)) for number in range(entries)))
+
     def fill_tables(self) -> None:
         tables = self.tables
-        self.update("sources", numbered(source.pack() for source in self.sources))
-        self.update("syscalls", self.syscall_rows())
-        rows = {source.event.name: row + 1 for row, source in enumerate(self.sources) if source.event.is_tcp}
-        self.update("tcp_rows", numbered(struct.pack("=I", rows.get(f"{name}_{family}", 0))
-                                         for family in ("v4", "v6") for name in TCP_EVENTS))
-        self.update("vectors", numbered(tables.vectors))
-        self.update("bounds", numbered(struct.pack("=Q", bound) for bound in tables.bounds))
-        self.update("texts", tables.texts.items())
-        self.update("literals", numbered(struct.pack("=Q", word) for word in tables.literals))
-        self.update("rows", numbered(struct.pack("=I", row) for row in tables.rows))
-        self.update("filters", numbered(tables.pack_filter(member) for member in tables.filters))
-        self.update("matchers", ((struct.pack("=I", EVENT_IDS[name]), matcher)
-                                 for name, matcher in tables.matchers.items()))
-        self.set_tick()
-        for pid in sorted(set().union(*(wanted.pids for wanted in self.plan.values()))):
-            self.classify(pid)
+        self.fill("sources", (source.pack() for source in self.sources))
+        rows = self.syscall_rows()
+        self.fill("syscalls", (SYSCALL_ROWS.pack(*rows.get(number, (0, 0))) for number in range(MAX_SYSCALLS)))
+        at_entry = {EVENT_IDS[source.event.name]: row + 1 for row, source in enumerate(self.sources) if source.at_entry}
+        self.fill_numbered("entry_rows", at_entry, len(EVENT_NAMES))
+        tcp = {source.event.name: row + 1 for row, source in enumerate(self.sources) if source.event.is_tcp}
+        names = [f"{name}_{family}" for family in ("v4", "v6") for name in TCP_EVENTS]
+        self.fill_numbered("tcp_rows", {i: tcp.get(name, 0) for i, name in enumerate(names)}, len(names))
+        self.fill("vectors", tables.vectors)
+        self.fill("bounds", (struct.pack("=Q", bound) for bound in tables.bounds))
+        self.fill("texts", tables.text_table())
+        self.fill("literals", (struct.pack("=Q", word) for word in tables.literals))
+        self.fill("rows", (struct.pack("=I", row) for row in tables.rows))
+        self.fill("filters", map(tables.pack_filter, tables.filters))
+        matchers = {EVENT_IDS[name]: matcher for name, matcher in tables.matchers.items()}
+        self.fill("matchers", (matchers.get(number, bytes(MATCHER_SIZE)) for number in range(len(EVENT_NAMES))))
+        for number in sorted(tables.live):
+            self.make_groups(number)
+        if self.previous is None:
+            self.set_tick()
+            for pid in sorted(set().union(*(wanted.pids for wanted in self.plan.values()))):
+                self.classify(pid)
 
-    def syscall_rows(self) -> Iterator[Tuple[bytes, bytes]]:
-        """The entries of the map `syscalls`: number -> its rows of `sources`."""
+    def make_groups(self, number: int) -> None:
+        """The map of a filter's groups, unless it has one already."""
+        spec = self.tables.filters[number].spec
+        known = self.previous is not None and number in self.previous.tables.live
+        if spec is None or not spec.parameters["by"] or known:
+            return
+        fd = self.bpf.call("bpf_map_create", BPF_MAP_TYPE_HASH, b"groups", GROUP_KEY_SIZE, GROUP_SIZE,
+                           self.tables.max_groups, None)
+        self.update("groups", [(struct.pack("=I", number), struct.pack("=I", fd))])
+        os.close(fd)
+
+    def syscall_rows(self) -> Dict[int, Tuple[int, int]]:
+        """The entries of the map `syscalls`: place -> first row of `sources`, and how many."""
         rows: Dict[int, List[int]] = {}
         for row, source in enumerate(self.sources):
-            number = syscall_number(source.syscall.name) if source.syscall and not source.silent else None
-            if number is not None:
-                rows.setdefault(number, []).append(row)
-        return ((struct.pack("=I", number), SYSCALL_ROWS.pack(found[0], len(found))) for number, found in rows.items())
+            if source.syscall is not None:
+                rows.setdefault(self.syscall_place(source.syscall), []).append(row)
+        return {place: (found[0], len(found)) for place, found in rows.items()}
+
+    @staticmethod
+    def syscall_place(syscall: Syscall) -> int:
+        """Its place in the map `syscalls`: its number, or for one that is newer than our table one at the map's end."""
+        number = syscall_number(syscall.name)
+        if number is not None:
+            return number
+        return MAX_SYSCALLS - 1 - UNNUMBERED.setdefault(syscall.name, len(UNNUMBERED))
 
     def classify(self, pid: int) -> None:
         """Puts a process into the class of those that are traced alike."""
@@ -6031,7 +6160,7 @@ class Tracer:
             if len(self.classes) >= MAX_CLASSES:
                 raise UsageError(f"more than {MAX_CLASSES} sets of processes that are traced differently")
             number = self.classes[wanted] = len(self.classes)
-            self.update("classes", ((struct.pack("=I", number * len(EVENT_NAMES) + EVENT_IDS[name]),
+            self.update("classes", ((struct.pack("=I", number * self.event_types + EVENT_IDS[name]),
                                      CLASS_EVENT.pack(program_id, 1, 0)) for name, program_id in wanted))
         self.update("processes", [(struct.pack("=I", pid), struct.pack("=I", self.classes[wanted]))])
 
@@ -6048,7 +6177,7 @@ class Tracer:
                 raise UsageError(f"event '{escape(name)}' is not traced; traced: {', '.join(self.plan)}")
             check_process(pid)
             self.plan[name].pids[pid] = program_id
-        self.update("sources", numbered(source.pack() for source in self.sources))
+        self.fill("sources", (source.pack() for source in self.sources))
         self.classify(pid)
 
     def remove_process(self, pid: int) -> None:
@@ -6058,36 +6187,133 @@ class Tracer:
         self.bpf.library.bpf_map_delete_elem(self.map_fd("processes"), struct.pack("=I", pid))
 
     def open_ring(self) -> None:
-        fd = self.map_fd("events")
         # samples first: libbpf reads the rings in this order, and stops in the second when a batch is full
         self.ring = self.bpf.call("ring_buffer__new", self.map_fd("samples"), self.sample_callback, None, None)
-        self.bpf.call("ring_buffer__add", self.ring, fd, self.sample_callback, None)
         self.epoll = select.epoll.fromfd(os.dup(self.bpf.call("ring_buffer__epoll_fd", self.ring)))
+        self.rings["samples"] = mmap.mmap(self.map_fd("samples"), 2 * mmap.PAGESIZE, prot=mmap.PROT_READ)
+        self.add_ring(self.map_fd("events"))
+
+    def add_ring(self, fd: int) -> None:
+        """Begins to read the ring of streamed events."""
+        self.bpf.call("ring_buffer__add", self.ring, fd, self.sample_callback, None)
         # Level-triggered, the descriptor is ready whenever a single record is pending, although the kernel side wakes
         # only when many are: edge-triggered, it is ready when it was woken.
         self.epoll.modify(fd, select.EPOLLIN | select.EPOLLET)
-        self.rings = {name: mmap.mmap(self.map_fd(name), 2 * mmap.PAGESIZE, prot=mmap.PROT_READ)
-                      for name in ("events", "samples")}
+        self.rings["events"] = mmap.mmap(fd, 2 * mmap.PAGESIZE, prot=mmap.PROT_READ)
 
     def attach(self) -> None:
         """Attaches to all that the plan needs. Raises HostError; what was attached by then is detached by close()."""
         self.set_clock()
         for attachment in self.attached:
-            try:
-                self.links.append(self.attach_one(attachment))
-            except OSError as error:
-                raise HostError(f"cannot attach to {attachment.place}: {error.strerror}{attach_hint(error)}"
-                                f"{self.bpf.log_tail(3)}") from None
+            self.attach_one(attachment)
         if any(attachment.program == "tcp_state" for attachment in self.attached):
             self.find_owners()
 
-    def attach_one(self, attachment: Attachment) -> Any:
+    def attach_one(self, attachment: Attachment) -> None:
         program = self.program(attachment.program)
-        if not attachment.category:  # where it attaches stands in its section's name
-            return self.bpf.call("bpf_program__attach", program)
         options = BpfTracepointOpts(ctypes.sizeof(BpfTracepointOpts), attachment.cookie)
-        return self.bpf.call("bpf_program__attach_tracepoint_opts", program, attachment.category.encode(),
-                             attachment.name.encode(), ctypes.byref(options))
+        try:
+            if attachment.category:
+                link = self.bpf.call("bpf_program__attach_tracepoint_opts", program, attachment.category.encode(),
+                                     attachment.name.encode(), ctypes.byref(options))
+            else:  # where it attaches stands in its section's name
+                link = self.bpf.call("bpf_program__attach", program)
+        except OSError as error:
+            raise HostError(f"cannot attach to {attachment.place}: {error.strerror}{attach_hint(error)}"
+                            f"{self.bpf.log_tail(3)}") from None
+        if attachment.program not in self.program_fds.values():
+            self.program_fds[os.dup(self.bpf.call("bpf_program__fd", program))] = attachment.program
+        fd = next(fd for fd, name in self.program_fds.items() if name == attachment.program)
+        self.links[attachment] = link, fd
+
+    def open_gates(self) -> None:
+        """Puts this generation's programs behind the gates that are attached: from set_generation() on they see the
+        events."""
+        for name, (table, place) in GATES.items():
+            if any(attachment.program == name for attachment in self.attached):
+                fd = self.bpf.call("bpf_program__fd", self.program(f"on_{name}"))
+                self.update(table, [(struct.pack("=I", 2 * place + self.generation % 2), struct.pack("=I", fd))])
+
+    def close_gates(self) -> None:
+        """The opposite: lets go of the programs of a generation that sees no events any more."""
+        for table, place in GATES.values():
+            self.bpf.library.bpf_map_delete_elem(self.map_fd(table),
+                                                 struct.pack("=I", 2 * place + self.generation % 2))
+
+    def reload(self, plan: Mapping[str, Wanted], tables: Tables) -> None:
+        """Changes over to tables that were made with the present ones as `previous`.
+
+        Every event is seen by one generation. Filters that are in both count on. The others' last records are in
+        `held` afterwards, and their last counts in read_counts() until retire(). Raises HostError and TraceleftError;
+        then everything is as it was.
+        """
+        if len(tables.filters) > self.max_filters:
+            raise TraceleftError(f"there is room for {self.max_filters} filters during this run, new ones beside those "
+                                 f"that they replace, and not for {len(tables.filters)}: start it again")
+        new = Tracer(plan, tables, self.ring_bytes_given, self.verbose, self.follow, self.sees_all, previous=self)
+        try:
+            new.load()
+            new.open_gates()
+            for attachment in new.attached:
+                if attachment not in self.links:
+                    new.attach_one(attachment)
+        except BaseException:
+            if new.run is not None:
+                new.close_gates()
+            new.close()
+            raise
+        self.succeed(new)
+
+    def succeed(self, new: Tracer) -> None:
+        """Lets another generation see the events, and takes its place."""
+        finds_owners = "sockets" not in new.taken_over() and any(a.program == "tcp_state" for a in new.attached)
+        struct.pack_into("=I", self.run, 4, new.generation & 0xFFFF_FFFF)  # here one ends and the other begins
+        wait_for_programs()
+        self.close_gates()
+        self.links.update(new.links)
+        self.program_fds.update(new.program_fds)
+        for attachment in set(self.links) - set(new.attached):
+            self.bpf.library.bpf_link__destroy(self.links.pop(attachment)[0])
+        if "events" not in new.taken_over():
+            self.add_ring(new.map_fd("events"))
+        self.release()
+        for name in OF_A_GENERATION:
+            setattr(self, name, getattr(new, name))
+        self.forget_programs()
+        self.hold_records()
+        if finds_owners:
+            self.find_owners()
+
+    def forget_programs(self) -> None:
+        """Closes those that are not attached any more, and keeps their figures."""
+        for fd in set(self.program_fds) - {fd for _, fd in self.links.values()}:
+            self.misses_before += self.misses_of(fd, self.program_fds.pop(fd))
+            os.close(fd)
+
+    def hold_records(self) -> None:
+        """Reads what is in the ring by now into `held`."""
+        held, self.held = self.held, collections.deque()  # while there is any, records are read one by one
+        records: List[bytes] = []
+        pending = self.submitted()
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        while self.consumed < pending and time.monotonic() < deadline:
+            records += self.poll_records()
+        self.held = held
+        self.held.extend(records)
+
+    def retire(self) -> None:
+        """Forgets the filters of the previous tables: the last of their records has been read."""
+        counts = self.read_counts()
+        members = list(self.tables.filters)
+        for number in self.tables.retire():
+            spec = members[number].spec
+            self.submitted_before += counts[number].submitted
+            self.lost_samples_before += counts[number].ring_full if spec is not None else 0
+            self.samples.pop(number, None)
+            for memory, size in ((self.counts, self.cpus * FILTER_COUNTS.size), (self.states, FILTER_STATE.size)):
+                memory[number * size:(number + 1) * size] = bytes(size)
+            if spec is not None and spec.parameters["by"]:
+                self.bpf.library.bpf_map_delete_elem(self.map_fd("groups"), struct.pack("=I", number))
 
     def find_owners(self) -> None:
         """Runs the iterator over all open files once: whose the connections are that are there already."""
@@ -6177,15 +6403,17 @@ class Tracer:
 
     def submitted(self) -> int:
         """Records that the kernel has put into the ring buffer."""
-        return sum(counts.submitted for counts in self.read_counts())
+        return sum(counts.submitted for counts in self.read_counts()) + self.submitted_before
 
     def read_counts(self) -> List[FilterCounts]:
         """What the kernel has counted so far, for each entry of tables.filters."""
         # as native 64-bit words: each is read at once, while the kernel side counts on
-        words = memoryview(self.counts).cast("Q").tolist()
         step, filters = FILTER_COUNTS.size // 8, len(self.tables.filters)
-        return [FilterCounts(*(sum(words[index * step + word:self.count_words:filters * step])
-                               for word in range(len(FilterCounts._fields)))) for index in range(filters)]
+        words = memoryview(self.counts)[:filters * self.cpus * FILTER_COUNTS.size].cast("Q").tolist()
+        of_filter = self.cpus * step
+        return [FilterCounts(*(sum(words[begin + word:begin + of_filter:step])
+                               for word in range(len(FilterCounts._fields))))
+                for begin in range(0, filters * of_filter, of_filter)]
 
     def next_tick(self) -> int:
         """Lets every filter take a new sample. Returns the tick that has ended."""
@@ -6201,13 +6429,14 @@ class Tracer:
     def read_output(self, index: int, ended: int) -> Mapping[Any, int]:
         """What the kernel side has counted for a filter's output function in the tick that has ended."""
         member = self.tables.filters[index].spec
-        assert member is not None
+        if member is None or index not in self.tables.live:
+            return {}
         reader = {OUTPUT_HISTOGRAM: self.histograms.read, OUTPUT_TOP: self.tops.read}.get(member.packed_output.output)
         return reader(member, ended) if reader is not None else {}
 
     def missed(self) -> Dict[str, int]:
         """What the kernel side could not follow, by cause; it stays readable after detach()."""
-        _, calls, owners, children, _ = RUN.unpack_from(self.run)
+        _, _, calls, owners, children, _ = RUN.unpack_from(self.run)
         found = {"missed_calls": calls, "missed_owners": owners, "missed_children": children,
                  "recursion_misses": self.recursion_misses()}
         return {cause: count for cause, count in found.items() if count}
@@ -6239,36 +6468,39 @@ class Tracer:
         self.samples[index] = [(number, event) for number, event in kept if number > tick]
         return kept[0][1]
 
-    def program_info(self, name: str, offset: int, code: str) -> int:
-        """One member of struct bpf_prog_info; 0 where the kernel does not know it yet."""
+    def program_info(self, fd: int, offset: int, code: str) -> int:
+        """One member of struct bpf_prog_info of a program's descriptor; 0 where the kernel does not know it yet."""
         info, size = ctypes.create_string_buffer(PROG_INFO_SIZE), ctypes.c_uint32(PROG_INFO_SIZE)
-        fd = self.bpf.call("bpf_program__fd", self.program(name))
         self.bpf.call("bpf_obj_get_info_by_fd", fd, info, ctypes.byref(size))
         value: int = struct.unpack_from(code, info, offset)[0]
         return value
 
     def recursion_misses(self) -> int:
         """Events for which the kernel itself skipped a program, of whatever type."""
-        programs = {attachment.program for attachment in self.attached} - {"uring_submit"}
-        return sum(self.program_info(name, PROG_INFO_RECURSION_MISSES, "=Q") for name in programs)
+        return self.misses_before + sum(self.misses_of(fd, name) for fd, name in self.program_fds.items())
 
-    def verified_instructions(self, name: str = "sys_exit") -> int:
+    def misses_of(self, fd: int, name: str) -> int:
+        return self.program_info(fd, PROG_INFO_RECURSION_MISSES, "=Q") if name != "uring_submit" else 0
+
+    def verified_instructions(self, name: str = "on_sys_exit") -> int:
         """Instructions that the verifier walked through for a program; its limit is 1,000,000. From Linux 5.16 on."""
-        return self.program_info(name, PROG_INFO_VERIFIED_INSNS, "=I")
+        return self.program_info(self.bpf.call("bpf_program__fd", self.program(name)), PROG_INFO_VERIFIED_INSNS, "=I")
 
     def unseen(self) -> Dict[str, Dict[str, int]]:
         """Event type -> cause -> streamed events that no filter has seen."""
         counts = self.read_counts()
-        not_read = sum(count.submitted for count in counts) - self.consumed + len(self.held)
+        not_read = self.submitted() - self.consumed + len(self.held)
         causes = {member.event: {"ring_full": count.ring_full, "not_read": not_read}
                   for member, count in zip(self.tables.filters, counts) if member.spec is None}
         return {event: {cause: number for cause, number in found.items() if number} for event, found in causes.items()}
 
     def run_times(self) -> Dict[str, Tuple[float, int]]:
         """Attached program -> seconds that it ran and how often, since BPF stats are on; empty when they never were."""
-        programs = list(dict.fromkeys(attachment.program for attachment in self.attached))
-        found = {name: (self.program_info(name, PROG_INFO_RUN_TIME, "=Q") / 1e9,
-                        self.program_info(name, PROG_INFO_RUN_COUNT, "=Q")) for name in programs}
+        found: Dict[str, Tuple[float, int]] = {}
+        for fd, name in self.program_fds.items():
+            seconds, runs = found.get(name, (0.0, 0))
+            found[name] = (seconds + self.program_info(fd, PROG_INFO_RUN_TIME, "=Q") / 1e9,
+                           runs + self.program_info(fd, PROG_INFO_RUN_COUNT, "=Q"))
         return found if any(runs for _, runs in found.values()) else {}
 
     def ring_use(self) -> Dict[str, Tuple[int, int]]:
@@ -6291,15 +6523,26 @@ class Tracer:
 
     def lost_samples(self) -> int:
         """Samples that did not fit into the ring buffer."""
-        return sum(counts.ring_full for member, counts in zip(self.tables.filters, self.read_counts())
-                   if member.spec is not None)
+        return self.lost_samples_before + sum(
+            counts.ring_full for member, counts in zip(self.tables.filters, self.read_counts())
+            if member.spec is not None)
 
     def detach(self) -> None:
         """Stops tracing; what is in the ring can still be read."""
-        with contextlib.suppress(IndexError):  # and not `while self.links`: another thread may be at it too
+        with contextlib.suppress(KeyError):  # and not `while self.links`: another thread may be at it too
             while True:
-                link = self.links.pop()  # before self.bpf is looked at, which there may not be yet
+                link, _ = self.links.popitem()[1]  # before self.bpf is looked at, which there may not be yet
                 self.bpf.library.bpf_link__destroy(link)
+
+    def release(self) -> None:
+        """Frees this generation's object, and what is mapped of it."""
+        for mapped in (self.run, self.counts, self.states, self.histograms, self.tops):
+            if mapped is not None:
+                mapped.close()
+        self.run = self.counts = self.states = self.histograms = self.tops = None
+        if self.object is not None:
+            self.bpf.library.bpf_object__close(self.object)
+            self.object = None
 
     def close(self) -> None:
         """Detaches and frees everything; can be called twice."""
@@ -6308,14 +6551,28 @@ class Tracer:
             self.epoll.close()
             self.bpf.library.ring_buffer__free(self.ring)
             self.ring = None
-        for mapped in (self.run, self.counts, self.histograms, self.tops, *self.rings.values()):
-            if mapped is not None:
-                mapped.close()
-        self.run = self.counts = self.histograms = self.tops = None
+        for mapped in self.rings.values():
+            mapped.close()
         self.rings = {}
-        if self.object is not None:
-            self.bpf.library.bpf_object__close(self.object)
-            self.object = None
+        for fd in self.program_fds:
+            os.close(fd)
+        self.program_fds = {}
+        self.release()
+
+
+# What reload() brings anew; the rest of a Tracer is for the whole run
+OF_A_GENERATION = ("plan", "tables", "streams", "samples_expected", "ring_bytes", "sources", "attached", "sizes",
+                   "object_bytes", "object", "run", "counts", "states", "histograms", "tops", "generation")
+UNNUMBERED: Dict[str, int] = {}  # syscalls that are newer than SYSCALL_NUMBERS_TEXT, in the order of their first use
+
+
+def wait_for_programs() -> None:
+    """Returns when every BPF program has ended that was running at the call."""
+    try:
+        libc_call("syscall", SYS_MEMBARRIER["aarch64" if platform.machine() == "aarch64" else "x86_64"],
+                  MEMBARRIER_CMD_GLOBAL, 0, 0)
+    except OSError:  # not with nohz_full=, and not built into every kernel
+        time.sleep(1)  # they cannot be preempted, and last for microseconds
 
 
 def numbered(values: Iterable[bytes]) -> Iterator[Tuple[bytes, bytes]]:

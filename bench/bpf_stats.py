@@ -12,7 +12,7 @@ import traceleft  # noqa: E402
 
 def main():
     print(f"{traceleft.OBJECT_PATH.name}: {traceleft.OBJECT_PATH.stat().st_size} bytes, kernel {traceleft.platform.release()}")
-    for name in ("sys_exit", "feed"):
+    for name in ("on_sys_exit", "feed"):
         took, instructions = [], 0
         for _ in range(5):
             tracer = traceleft.Tracer("open")
@@ -20,8 +20,9 @@ def main():
 
             def only_this(tracer=tracer, configure=configure, name=name):
                 configure()
-                for program in ("sys_exit", "feed"):
+                for program in ("on_sys_exit", "feed"):
                     tracer.bpf.call("bpf_program__set_autoload", tracer.program(program), program == name)
+                tracer.attached = []
 
             tracer.configure = only_this
             begin = time.monotonic()
@@ -29,7 +30,7 @@ def main():
             took.append(time.monotonic() - begin)
             instructions = tracer.verified_instructions(name)
             tracer.close()
-        print(f"{name:10} {instructions:7} instructions verified (limit 1000000)   loaded in {statistics.median(took):.3f} s")
+        print(f"{name:12} {instructions:7} instructions verified (limit 1000000)   loaded in {statistics.median(took):.3f} s")
 
 
 if __name__ == "__main__":

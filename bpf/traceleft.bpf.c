@@ -46,8 +46,8 @@ const volatile __u32 wakeup_bytes = 65536; /* wake the reader when this much is 
 const volatile __u64 hash_seeds[2] = {};   /* random: nobody outside can make texts collide */
 const volatile __u32 event_types = 1;      /* entries of `classes` for each class */
 const volatile __u32 cpus = 1;
-const volatile __u32 filter_count = 1;
 const volatile __u32 histogram_count = 1;
+const volatile __u32 text_mask = 0;        /* entries of `texts` - 1, which are a power of two */
 
 volatile struct run run = {};
 
@@ -66,7 +66,7 @@ struct record {
 	__u64 dentry, vfsmount, root_dentry, root_vfsmount; /* on the way from a file to the root */
 	__u32 at;     /* where the path begins as far as it is built */
 	__u32 begin;  /* where it may begin at the earliest */
-	__u32 row;    /* of `sources`, and the process, for a call that is between its entry and its exit */
+	__u32 event;  /* type, and process, of a call that is between its entry and its exit */
 	__u32 pid;
 	struct owner owner; /* of a connection: here, since the stack is short */
 	struct event_header header;
@@ -91,35 +91,55 @@ struct saved_long {
 		__type(value, value_type);                                                                             \
 	} name SEC(".maps")
 
-/* What has one entry here is sized by traceleft.py for the spec and the machine before loading. */
-MAP(sources, ARRAY, MAX_SOURCES, __u32, struct source);
-MAP(syscalls, ARRAY, MAX_SYSCALLS, __u32, struct syscall_rows);
-MAP(tcp_rows, ARRAY, 2 * TCP_EVENTS, __u32, __u32); /* row of `sources` + 1, or 0 */
-MAP(processes, HASH, MAX_PROCESSES, __u32, __u32);  /* pid -> class */
-MAP(classes, ARRAY, 1, __u32, struct class_event);  /* class * event_types + event */
-MAP(matchers, ARRAY, MAX_EVENTS, __u32, struct matcher);
-MAP(vectors, ARRAY, 1, __u32, struct vector);
-MAP(bounds, ARRAY, 1, __u32, __u64);
-MAP(texts, HASH, 1, struct text_key, struct text);
-MAP(literals, ARRAY, 1, __u32, __u64); /* eight bytes each, the last padded with zeros */
-MAP(rows, ARRAY, 1, __u32, __u32);     /* row -> filter */
-MAP(filters, ARRAY, 1, __u32, struct filter);
-MAP(filter_states, ARRAY, 1, __u32, struct filter_state);
-MAP(groups, HASH, 1, struct group_key, struct group);
-MAP(pending, HASH, 1, __u64, struct saved);     /* task -> its call */
-MAP(pending_long, HASH, 1, __u64, struct saved_long);
-MAP(sockets, HASH, 1, __u64, struct owner);     /* struct sock -> whose it is */
-MAP(uring, PERCPU_ARRAY, 256, __u32, __u64);    /* io_uring submissions by opcode */
-MAP(scratch, ARRAY, 2, __u32, struct record);   /* one for each CPU, and one for what comes as softirq meanwhile */
-MAP(synthetic, ARRAY, 1, __u32, struct record); /* the event for the program `feed` */
+/* traceleft.py writes the tables where it has mapped them: bpf() would switch the programs off on its CPU meanwhile
+ * (bpf_disable_instrumentation() in kernel/bpf/syscall.c), also those of the generation that is running. */
+#define TABLE(name, entries, value_type)                                                                               \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_ARRAY);                                                                      \
+		__uint(max_entries, entries);                                                                          \
+		__uint(map_flags, BPF_F_MMAPABLE);                                                                     \
+		__type(key, __u32);                                                                                    \
+		__type(value, value_type);                                                                             \
+	} name SEC(".maps")
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
+/* What has one entry here is sized by traceleft.py for the spec and the machine before loading. Of each generation: */
+TABLE(sources, MAX_SOURCES, struct source);
+TABLE(syscalls, MAX_SYSCALLS, struct syscall_rows);
+TABLE(entry_rows, MAX_EVENTS, __u32);   /* event type that is read at entry -> row of `sources` + 1, or 0 */
+TABLE(tcp_rows, 2 * TCP_EVENTS, __u32); /* row of `sources` + 1, or 0 */
+TABLE(matchers, MAX_EVENTS, struct matcher);
+TABLE(vectors, 1, struct vector);
+TABLE(bounds, 1, __u64);
+TABLE(texts, 1, struct text); /* open addressing: from the place that the hash says to the first that is free */
+TABLE(literals, 1, __u64);    /* eight bytes each, the last padded with zeros */
+TABLE(rows, 1, __u32);        /* row -> filter */
+TABLE(filters, 1, struct filter);
+
+/* Shared by the generations: what has been counted, and what the programs remember. */
+TABLE(filter_states, 1, struct filter_state);
+TABLE(filter_counts, 1, struct filter_counts); /* filter * CPUs + CPU */
+MAP(processes, HASH, MAX_PROCESSES, __u32, __u32); /* pid -> class */
+MAP(classes, ARRAY, 1, __u32, struct class_event); /* class * event_types + event */
+MAP(pending, HASH, 1, __u64, struct saved);        /* task -> its call */
+MAP(pending_long, HASH, 1, __u64, struct saved_long);
+MAP(sockets, HASH, 1, __u64, struct owner);        /* struct sock -> whose it is */
+MAP(uring, PERCPU_ARRAY, 256, __u32, __u64);       /* io_uring submissions by opcode */
+MAP(scratch, ARRAY, 2, __u32, struct record);      /* one for each CPU, and one for what comes as softirq meanwhile */
+MAP(synthetic, ARRAY, 1, __u32, struct record);    /* the event for the program `feed` */
+
+/* filter -> the counts of its groups. A map for each: a filter that a new spec leaves as it is keeps its own. */
+struct groups_of_filter {
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(key_size, sizeof(struct group_key)); /* clang describes no type that only an inner map names */
+	__uint(value_size, sizeof(struct group));
+};
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct filter_counts);
-} filter_counts SEC(".maps"); /* CPU * filter_count + filter */
+	__array(values, struct groups_of_filter);
+} groups SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -816,16 +836,22 @@ __noinline int equals_literal(const struct record *record, __u32 offset, __u32 l
 /* The vector of a text among those of a dimension. */
 __noinline __u32 find_text(const struct record *record, __u32 offset, __u32 length, const struct dimension *dimension)
 {
-	struct text_key key = { .length = length };
+	__u32 place;
 	struct text *text;
+	__u64 hash;
 
 	if (!record || !dimension)
 		return 0;
-	key.dimension = dimension->id;
-	key.hash = hash_text(record, offset, length, hash_seeds[0]);
-	text = bpf_map_lookup_elem(&texts, &key);
-	if (text && equals_literal(record, offset, length, text->literal))
-		return text->vector;
+	hash = hash_text(record, offset, length, hash_seeds[0]);
+	for (__u32 i = 0; i < MAX_PROBES; i++) {
+		place = ((__u32)hash + i) & text_mask;
+		text = bpf_map_lookup_elem(&texts, &place);
+		if (!text || !text->used)
+			break;
+		if (text->hash == hash && text->length == length && text->dimension == dimension->id &&
+		    equals_literal(record, offset, length, text->literal))
+			return text->vector;
+	}
 	return dimension->vector;
 }
 
@@ -1024,18 +1050,21 @@ __noinline __u64 hash_group(const struct record *record, const struct filter *fi
 static __always_inline struct group *find_group(const struct record *record, const struct filter *filter, __u32 index,
 						struct filter_state *state)
 {
-	struct group_key key = { .filter = index };
 	struct group *group, empty = {};
+	struct group_key key;
+	void *own = bpf_map_lookup_elem(&groups, &index);
 
+	if (!own)
+		return 0;
 	key.hash[0] = hash_group(record, filter, hash_seeds[0]);
 	key.hash[1] = hash_group(record, filter, hash_seeds[1]);
-	group = bpf_map_lookup_elem(&groups, &key);
+	group = bpf_map_lookup_elem(own, &key);
 	if (group || *(volatile __u32 *)&state->groups >= filter->max_groups)
 		return group;
 	if (__sync_fetch_and_add(&state->groups, 1) >= filter->max_groups ||
-	    bpf_map_update_elem(&groups, &key, &empty, BPF_NOEXIST))
+	    bpf_map_update_elem(own, &key, &empty, BPF_NOEXIST))
 		__sync_fetch_and_add(&state->groups, -1); /* full, or another CPU was faster */
-	return bpf_map_lookup_elem(&groups, &key);
+	return bpf_map_lookup_elem(own, &key);
 }
 
 /* Where a histogram counts the value: negative, zero, and by the highest bit. */
@@ -1204,7 +1233,7 @@ static __always_inline void submit(struct record *record, const struct filter *f
 /* The event as a record in the ring. */
 __noinline int give(struct record *record, const struct source *source, const struct filter *filter, __u32 index)
 {
-	__u32 place = bpf_get_smp_processor_id() * filter_count + index;
+	__u32 place = index * cpus + bpf_get_smp_processor_id();
 	struct filter_counts *counts = bpf_map_lookup_elem(&filter_counts, &place);
 
 	if (!record || !source || !filter || !counts)
@@ -1230,7 +1259,7 @@ static __always_inline int count_inline(struct record *record, const struct sour
 	filter_index = *index;
 	filter = bpf_map_lookup_elem(&filters, &filter_index);
 	state = bpf_map_lookup_elem(&filter_states, &filter_index);
-	place = bpf_get_smp_processor_id() * filter_count + filter_index;
+	place = filter_index * cpus + bpf_get_smp_processor_id();
 	counts = bpf_map_lookup_elem(&filter_counts, &place);
 	if (!filter || !state || !counts)
 		return 0;
@@ -1385,12 +1414,14 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 
 	if (!source || !wanted_process(source, pid, &program_id))
 		return 0;
+	if (at_entry ? !(source->flags & (SOURCE_AT_ENTRY | SOURCE_NO_RETURN)) : source->flags & SOURCE_NO_RETURN)
+		return 0;
 	event = source->event;
 	matcher = bpf_map_lookup_elem(&matchers, &event);
 	if (!matcher)
 		return 0;
 	if (!at_entry && source->flags & SOURCE_AT_ENTRY) {
-		if (!resume_call(record, pid) || record->row != row)
+		if (!resume_call(record, pid) || record->event != event)
 			return 0; /* it began before we did, or has begun a program */
 		record->values[FIELD_RET] = ret;
 		if (source->path_kind == PATH_EXE)
@@ -1406,7 +1437,7 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 		return 0;
 	begin_record(record, ret, pid, program_id);
 	if (at_entry && source->flags & SOURCE_AT_ENTRY) {
-		record->row = row;
+		record->event = event;
 		record->pid = pid;
 		fetch(record, source, ALL_ARGUMENTS);
 		if (source->path_kind == PATH_FD) {
@@ -1434,65 +1465,74 @@ __noinline int other_row(__u32 row, __u32 pid, __s64 ret, int at_entry)
 	return record ? syscall(record, row, pid, ret, at_entry) : 0;
 }
 
-/* The event types that one syscall becomes, mostly one. The cookie is the first row of `sources`, and their number << 32. */
-static __always_inline int syscall_rows(__u64 cookie, struct task_struct *task, const struct pt_regs *regs, __s64 ret,
-					bool at_entry)
+/* The event types that one syscall becomes, mostly one. */
+static __always_inline int syscall_rows(const struct syscall_rows *found, struct task_struct *task,
+					const struct pt_regs *regs, __s64 ret, bool at_entry)
 {
 	struct record *record = own_record(0);
 	__u32 pid = task->tgid; /* read so, it costs no call */
 
-	if (!record || !(cookie >> 32))
+	if (!record)
 		return 0;
 	read_registers(regs, record->registers);
-	syscall(record, cookie, pid, ret, at_entry);
+	syscall(record, found->first, pid, ret, at_entry);
 	for (__u32 i = 1; i < MAX_ROWS_OF_SYSCALL; i++) {
-		if (i >= cookie >> 32)
+		if (i >= found->count)
 			break;
-		other_row((__u32)cookie + i, pid, ret, at_entry);
+		other_row(found->first + i, pid, ret, at_entry);
 	}
 	return 0;
 }
 
-/* Attached to syscalls/sys_exit_* of each syscall that is named. */
-SEC("tp")
-int sys_exit(struct sys_exit_context *context)
+static __always_inline int syscall_tracepoint(struct sys_exit_context *context, __s64 ret, bool at_entry)
 {
 	__u32 number = context->nr;
 	struct syscall_rows *found = bpf_map_lookup_elem(&syscalls, &number);
 	struct task_struct *task = current_task();
-	__u64 rows = found ? found->first | (__u64)found->count << 32 : 0;
 
-	if (!(rows >> 32)) /* newer than traceleft.py's table of numbers */
-		rows = bpf_get_attach_cookie(context);
-	return syscall_rows(rows, task, task_registers(task), context->ret, false);
+	if (!found || !found->count) { /* newer than traceleft.py's table of numbers: the cookie stands for it */
+		number = bpf_get_attach_cookie(context);
+		found = number ? bpf_map_lookup_elem(&syscalls, &number) : 0;
+		if (!found || !found->count)
+			return 0;
+	}
+	return syscall_rows(found, task, task_registers(task), ret, at_entry);
+}
+
+/* Of syscalls/sys_exit_* of each syscall that is named. */
+SEC("tp")
+int on_sys_exit(struct sys_exit_context *context)
+{
+	return syscall_tracepoint(context, context->ret, false);
 }
 
 /* The same for syscalls/sys_enter_*, where the arguments do not outlive the call, or it does not return. */
 SEC("tp")
-int sys_enter(struct sys_exit_context *context)
+int on_sys_enter(struct sys_exit_context *context)
 {
-	struct task_struct *task = current_task();
-
-	return syscall_rows(bpf_get_attach_cookie(context), task, task_registers(task), 0, true);
+	return syscall_tracepoint(context, 0, true);
 }
 
 /* A new program runs. The exit of its call does not tell: on x86 that of execveat is called execve, and that of a call
  * which begins a 32-bit program is one of the 32-bit table (set_personality_64bit() and its like). */
 SEC("tp_btf/sched_process_exec")
-int new_program(void *context __attribute__((unused)))
+int on_new_program(void *context __attribute__((unused)))
 {
-	__u32 pid = bpf_get_current_pid_tgid() >> 32, row, event;
+	__u32 pid = bpf_get_current_pid_tgid() >> 32, *row, index, event;
 	struct record *record = own_record(0);
 	struct matcher *matcher;
 	struct source *source;
 
 	if (!record || !resume_call(record, pid))
 		return 0;
-	row = record->row;
-	source = bpf_map_lookup_elem(&sources, &row);
+	event = record->event;
+	row = bpf_map_lookup_elem(&entry_rows, &event);
+	if (!row || !*row)
+		return 0;
+	index = *row - 1;
+	source = bpf_map_lookup_elem(&sources, &index);
 	if (!source || source->path_kind != PATH_EXE)
 		return 0;
-	event = source->event;
 	matcher = bpf_map_lookup_elem(&matchers, &event);
 	if (!matcher)
 		return 0;
@@ -1514,7 +1554,7 @@ static __always_inline bool in_compat_syscall(struct task_struct *task)
 
 /* Instead of sys_exit where most of a host's syscalls are named: one program for all of them. */
 SEC("tp_btf/sys_exit")
-int every_sys_exit(__u64 *context)
+int on_every_sys_exit(__u64 *context)
 {
 	struct pt_regs *regs = (void *)context[0];
 	struct syscall_rows *found;
@@ -1531,7 +1571,7 @@ int every_sys_exit(__u64 *context)
 	task = current_task(); /* not before: every call of a function shows in what is added to every syscall */
 	if (in_compat_syscall(task))
 		return 0;
-	return syscall_rows(found->first | (__u64)found->count << 32, task, regs, context[1], false);
+	return syscall_rows(found, task, regs, context[1], false);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------
@@ -1713,7 +1753,7 @@ static __always_inline void set_owner(__u64 sock, const struct owner *owner)
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int tcp_state(__u64 *context)
+int on_tcp_state(__u64 *context)
 {
 	struct record *record = own_record(cpus); /* in a softirq, or when one may come: not that of the syscalls */
 	__s32 old = context[1], new = context[2];
@@ -1781,9 +1821,9 @@ static __always_inline struct sock *tcp_sock(struct file *file)
 	return sock && BPF_CORE_READ(sock, sk_protocol) == IPPROTO_TCP ? sock : 0;
 }
 
-/* Attached to sys_exit_accept and sys_exit_accept4. */
+/* Of sys_exit_accept and sys_exit_accept4. */
 SEC("tp")
-int tcp_accept(struct sys_exit_context *context)
+int on_tcp_accept(struct sys_exit_context *context)
 {
 	struct record *record = own_record(0);
 	struct sock *sock = context->ret >= 0 ? tcp_sock(descriptor_file(current_task(), context->ret)) : 0;
@@ -1824,6 +1864,73 @@ int tcp_owners(struct bpf_iter__task_file *context)
 	key = (__u64)sock;
 	bpf_map_update_elem(&sockets, &key, &owner, BPF_NOEXIST);
 	return 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------
+ * Gates: what is attached. A new spec comes as another set of tables and programs, loaded beside those that run; which
+ * of the two see an event is read here, once, so that none is seen by both or by neither.
+ */
+
+#define GATE(context, programs, kind)                                                                                  \
+	do {                                                                                                           \
+		if (run.generation & 1)                                                                                \
+			bpf_tail_call_static(context, &programs, 2 * (kind) + 1);                                      \
+		else                                                                                                   \
+			bpf_tail_call_static(context, &programs, 2 * (kind));                                          \
+		return 0;                                                                                              \
+	} while (0)
+
+/* The kernel wants the programs of one table to be of one type, and attached to the same place. */
+#define PROGRAMS(name, count)                                                                                          \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_PROG_ARRAY);                                                                 \
+		__uint(max_entries, 2 * (count));                                                                      \
+		__type(key, __u32);                                                                                    \
+		__type(value, __u32);                                                                                  \
+	} name SEC(".maps")
+
+enum { GATE_SYS_EXIT, GATE_SYS_ENTER, GATE_TCP_ACCEPT, TRACEPOINT_GATES };
+
+PROGRAMS(tracepoints, TRACEPOINT_GATES);
+PROGRAMS(every_exits, 1);
+PROGRAMS(new_programs, 1);
+PROGRAMS(tcp_states, 1);
+
+SEC("tp")
+int sys_exit(void *context)
+{
+	GATE(context, tracepoints, GATE_SYS_EXIT);
+}
+
+SEC("tp")
+int sys_enter(void *context)
+{
+	GATE(context, tracepoints, GATE_SYS_ENTER);
+}
+
+/* Attached to sys_exit_accept and sys_exit_accept4. */
+SEC("tp")
+int tcp_accept(void *context)
+{
+	GATE(context, tracepoints, GATE_TCP_ACCEPT);
+}
+
+SEC("tp_btf/sys_exit")
+int every_sys_exit(void *context)
+{
+	GATE(context, every_exits, 0);
+}
+
+SEC("tp_btf/sched_process_exec")
+int new_program(void *context)
+{
+	GATE(context, new_programs, 0);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int tcp_state(void *context)
+{
+	GATE(context, tcp_states, 0);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ enum limits {
 	TOP_PROBES = 8,
 	TOP_FIELDS = 3,      /* that a group is told by */
 	TOP_TEXT = 128,      /* of a text that is shown; one byte less is used */
+	MAX_PROBES = 32,     /* places that are looked at for a text */
 };
 
 /* Where an argument's value is found; struct source says it per syscall, so that a new syscall needs no new object. */
@@ -179,16 +180,15 @@ struct vector {
 	__u64 words[MAX_WORDS];
 };
 
-/* Key and value of the table of texts. The hash finds an entry, the comparison with its literal makes it certain. */
-struct text_key {
+/* An entry of the table of texts. The hash finds it, the comparison with its literal makes it certain. */
+struct text {
+	__u64 hash;
 	__u32 dimension;
 	__u32 length;
-	__u64 hash;
-};
-
-struct text {
 	__u32 vector;
 	__u32 literal; /* place in `literals` */
+	__u32 used;    /* 0: free, and the end of a search */
+	__u32 reserved;
 };
 
 enum filter_flags {
@@ -236,8 +236,6 @@ struct group {
 };
 
 struct group_key {
-	__u32 filter;
-	__u32 reserved;
 	__u64 hash[2]; /* of the fields' values, with seeds that only this run knows */
 };
 
@@ -292,8 +290,8 @@ struct owner {
 
 /* What the programs and traceleft.py tell each other during a run. */
 struct run {
-	__u32 tick; /* set each second: a filter takes one sample in each */
-	__u32 reserved;
+	__u32 tick;       /* set each second: a filter takes one sample in each */
+	__u32 generation; /* of the tables, which a new spec brings: its lowest bit says which programs see an event */
 	__u64 missed_calls;    /* not seen because `pending` was full */
 	__u64 missed_owners;   /* connections without an owner because `sockets` was full */
 	__u64 missed_children; /* not followed because `processes` was full */
