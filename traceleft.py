@@ -5089,43 +5089,103 @@ class Aggregator:
                  counted_elsewhere: FrozenSet[str] = frozenset(), event_time: bool = False) -> None:
         if not isinstance(spec, Spec):
             spec = parse_spec(spec) if isinstance(spec, Mapping) else load_spec(spec)
-        self.spec = spec
+        self.spec, self.event_time, self.insecure = spec, event_time, insecure
         self.accounts = {member.id: Account(member.id, member.event) for member in spec.filters}
         self.second: Optional[int] = None
-        max_groups = groups_per_filter(spec.filters)
-        self.states = {member.id: FilterState(member, self.accounts[member.id], max_groups, event_time)
-                       for member in spec.filters}
+        self.clock_offset_ns = 0
+        self.states: Dict[str, FilterState] = {}
         self.by_event: Dict[str, List[FilterState]] = {}
+        self.counted_elsewhere = counted_elsewhere
+        self.set_filters(spec, counted_elsewhere)
+        self.retiring: List[Tuple[FilterState, Any]] = []  # filters of the spec before, and their channels
+        self.leaving: List[Any] = []                       # its channels that are not used any more
+        self.closing: List[threading.Thread] = []
+        self.earlier: Dict[int, List[FilterState]] = {}    # numbers of that spec's streams -> the filters that see them
+        self.channels: Dict[str, Any] = dict(channels) if channels is not None else self.open_channels(spec)
+
+    def set_filters(self, spec: Spec, counted_elsewhere: FrozenSet[str]) -> List[FilterState]:
+        """Takes the spec's filters; those that are as before, and evaluated where they were, go on. Returns the others
+        that were before."""
+        before, self.states = self.states, {}
+        max_groups = groups_per_filter(spec.filters)
+        for member in spec.filters:
+            state = before.get(member.id)
+            account = self.accounts.setdefault(member.id, Account(member.id, member.event))
+            moved = (member.id in counted_elsewhere) != (member.id in self.counted_elsewhere)
+            if state is None or moved or not member.counts_as(state.spec):
+                state = FilterState(member, account, max_groups, self.event_time)
+            state.spec, account.event = member, member.event
+            self.states[member.id] = state
+        self.counted_elsewhere = counted_elsewhere
+        self.by_event = {}
         for state in self.states.values():
             if state.spec.id not in counted_elsewhere:
                 self.by_event.setdefault(state.spec.event, []).append(state)
-        self.channels: Dict[str, Any] = dict(channels) if channels is not None else self.open_channels(insecure)
+        self.set_clock(self.clock_offset_ns)
+        return [state for state in before.values() if state not in self.states.values()]
 
-    def open_channels(self, insecure: bool) -> Dict[str, Channel]:
-        """The spec's channels that a filter uses; all, or none and a TraceleftError that names every bad one."""
-        channels = {spec.id: make_channel(spec, self.accounts, insecure) for spec in self.spec.used_channels}
-        problems = [problem for problem in (channel.problem() for channel in channels.values()) if problem]
+    def reload(self, spec: Spec, counted_elsewhere: FrozenSet[str], channels: Mapping[str, Any],
+               streams: Mapping[int, str]) -> None:
+        """Goes on with another spec and its channels, see open_channels().
+
+        Filters that are as before count on, and those of the same id in the same account. `streams`, number -> event,
+        are the streams of the spec before: their events are for its filters, until retire().
+        """
+        self.earlier = {number: self.by_event.get(event, []) for number, event in streams.items()}
+        before, self.channels, self.spec = self.channels, dict(channels), spec
+        channel_of = {state.spec.id: before[state.spec.channel] for state in self.states.values()}
+        self.retiring = [(state, channel_of[state.spec.id]) for state in self.set_filters(spec, counted_elsewhere)]
+        self.leaving = [channel for channel in before.values() if channel not in self.channels.values()]
+
+    def retire(self, now: float) -> None:
+        """Ends what only the spec before had: the last of its events has been added."""
+        for state, channel in self.retiring:
+            state.tick(now, channel)
+        self.retiring, self.earlier = [], {}
+        for channel in self.leaving:
+            getattr(channel, "flush", lambda: None)()
+            closing = threading.Thread(target=channel.close)  # which may wait for a collector
+            closing.start()
+            self.closing.append(closing)
+        self.leaving = []
+
+    def open_channels(self, spec: Spec) -> Dict[str, Any]:
+        """The channels that the spec's filters use, those that are open already as they are; all, or none is opened and
+        a TraceleftError names every bad one."""
+        open_now = {channel.spec: channel for channel in getattr(self, "channels", {}).values()
+                    if isinstance(channel, Channel)}
+        channels = {member.id: open_now.get(member) or make_channel(member, self.accounts, self.insecure)
+                    for member in spec.used_channels}
+        new = [channel for channel in channels.values() if channel not in open_now.values()]
+        problems = [problem for problem in (channel.problem() for channel in new) if problem]
         if problems:
             raise TraceleftError(*problems)
         opened: List[Channel] = []
-        for channel in channels.values():
+        for channel in new:
             try:
                 channel.open()
             except TraceleftError:
-                for other in opened:
-                    other.close()
+                self.close_channels(opened)
                 raise
             opened.append(channel)
         return channels
 
+    def close_channels(self, channels: Iterable[Any]) -> None:
+        """Closes those of them that are not in use."""
+        for channel in channels:
+            if channel not in getattr(self, "channels", {}).values():
+                channel.close()
+
     def set_clock(self, offset_ns: int) -> None:
         """Says how far the clock whose seconds count with `event_time` is behind Unix time."""
+        self.clock_offset_ns = offset_ns
         for state in self.states.values():
             state.processing.clock_offset_ns = offset_ns
 
-    def add(self, event: Event) -> None:
-        """One event, for every filter of its type that is not counted elsewhere."""
-        for state in self.by_event.get(event.name, ()):
+    def add(self, event: Event, stream: int = -1) -> None:
+        """One event, for every filter of its type that is not counted elsewhere; `stream` is what it came through."""
+        earlier = self.earlier.get(stream) if self.earlier else None
+        for state in self.by_event.get(event.name, ()) if earlier is None else earlier:
             state.add(event)
 
     def tick(self, now: float) -> None:
@@ -5138,6 +5198,8 @@ class Aggregator:
         """Ends the current second, whatever the time is."""
         for state in self.states.values():
             state.tick(now, self.channels[state.spec.channel])
+        for state, channel in self.retiring:
+            state.tick(now, channel)
         for channel in self.channels.values():
             getattr(channel, "flush", lambda: None)()
 
@@ -5157,6 +5219,8 @@ class Aggregator:
         for method in ("begin_close", "close"):  # all channels at once
             for channel in self.channels.values():
                 getattr(channel, method, lambda: None)()
+        for closing in self.closing:
+            closing.join()
 
     def summary(self) -> Dict[str, Any]:
         """The accounting as JSON."""
@@ -5244,12 +5308,16 @@ def plan_selectors(selectors: Sequence[Selector]) -> Dict[str, Wanted]:
     return plan
 
 
-def plan_spec(spec: Spec, selectors: Sequence[Selector]) -> Dict[str, Wanted]:
-    """The spec's events, restricted to the selectors' processes when there are any. Raises UsageError."""
+def plan_spec(spec: Spec, selectors: Sequence[Selector], running: Optional[Mapping[str, Wanted]] = None
+              ) -> Dict[str, Wanted]:
+    """The spec's events, restricted to the selectors' processes when there are any. Raises UsageError.
+
+    `running` is the plan of the selectors in a run that has begun, whose processes may have ended by now.
+    """
     wanted = {member.event for member in spec.filters}
     if not selectors:
         return {name: Wanted(any_process=True) for name in sorted(wanted, key=EVENT_IDS.__getitem__)}
-    plan = plan_selectors(selectors)
+    plan = dict(running) if running is not None else plan_selectors(selectors)
     for name in plan:
         if name not in wanted:
             raise UsageError(f"a selector names '{name}', which no filter of the spec uses; "
@@ -5938,6 +6006,8 @@ class Tracer:
         self.program_fds: Dict[int, str] = {}  # programs that are attached: those of earlier generations may be, too
         self.misses_before = 0  # of programs that are no more
         self.submitted_before = self.lost_samples_before = 0  # of filters that are no more
+        self.last_outputs: Dict[int, Mapping[Any, int]] = {}  # filter -> what read_output() missed of the tables before
+        self.retiring_streams: Dict[int, str] = {}  # number -> event, of the tables before
         self.event_types: int = previous.event_types if previous else len(EVENT_NAMES)  # of `classes`, for each class
         self.max_filters: int = previous.max_filters if previous else len(self.tables.filters) + spare_filters
         self.clock_offset_ns = 0
@@ -6266,9 +6336,13 @@ class Tracer:
 
     def succeed(self, new: Tracer) -> None:
         """Lets another generation see the events, and takes its place."""
+        before = self.tables
         finds_owners = "sockets" not in new.taken_over() and any(a.program == "tcp_state" for a in new.attached)
         struct.pack_into("=I", self.run, 4, new.generation & 0xFFFF_FFFF)  # here one ends and the other begins
         wait_for_programs()
+        self.tops.clear(self.tick + 1)  # finds what came late for the tick before
+        self.last_outputs = {number: self.read_output(number, self.tick) for number in before.live
+                             if before.filters[number].spec is not None}
         self.close_gates()
         self.links.update(new.links)
         self.program_fds.update(new.program_fds)
@@ -6281,6 +6355,8 @@ class Tracer:
             setattr(self, name, getattr(new, name))
         self.forget_programs()
         self.hold_records()
+        self.retiring_streams = {number: member.event for number, member in enumerate(before.filters)
+                                 if number in before.live and member.spec is None}
         if finds_owners:
             self.find_owners()
 
@@ -6305,6 +6381,7 @@ class Tracer:
         """Forgets the filters of the previous tables: the last of their records has been read."""
         counts = self.read_counts()
         members = list(self.tables.filters)
+        self.last_outputs, self.retiring_streams = {}, {}
         for number in self.tables.retire():
             spec = members[number].spec
             self.submitted_before += counts[number].submitted
@@ -6934,11 +7011,13 @@ POLL_INTERVAL = 0.1  # seconds after which the ring is read although little is p
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as a readable descriptor; a context manager for the main thread."""
+    """SIGINT and SIGTERM as a readable descriptor, others as flags; a context manager for the main thread."""
 
     def __init__(self) -> None:
         self.stopped = False
         self.reopen = False  # SIGUSR1 came: log files are to be opened again
+        self.reload = False  # SIGHUP came: the spec is to be read again
+        self.has_terminal = sys.stderr.isatty()
         self.reader, self.writer = socket.socketpair()
         self.reader.setblocking(False)
         self.writer.setblocking(False)  # as signal.set_wakeup_fd() demands
@@ -6946,6 +7025,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.old_handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.request_reopen)
+        self.old_handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.request_reload)
         self.old_fd = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
         return self
 
@@ -6961,6 +7041,17 @@ class StopSignals:
 
     def request_reopen(self, number: int, frame: object) -> None:
         self.reopen = True
+        self.sleep_on()
+
+    def request_reload(self, number: int, frame: object) -> None:
+        """SIGHUP comes, too, when the terminal has gone: then it ends the run."""
+        if self.has_terminal and not sys.stderr.isatty():
+            self.stopped = True
+        else:
+            self.reload = True
+            self.sleep_on()
+
+    def sleep_on(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is no reason to wake up
             self.reader.recv(4096)
 
@@ -7019,24 +7110,59 @@ class KernelCounts:
     """Brings what the kernel has counted to an aggregator, as differences from tick to tick."""
 
     def __init__(self, tracer: Tracer, aggregator: Aggregator) -> None:
-        self.tracer = tracer
-        self.states = [(index, aggregator.states[member.spec.id]) for index, member in enumerate(tracer.tables.filters)
-                       if member.spec is not None]
-        self.before = [FilterCounts(0, 0, 0, 0, 0)] * len(tracer.tables.filters)
+        self.tracer, self.aggregator = tracer, aggregator
+        self.states: Dict[int, FilterState] = {}  # by the filters' numbers
+        self.before: List[FilterCounts] = []
+        self.set_filters()
+
+    def set_filters(self) -> None:
+        """Takes the tables' filters, beside those that retire() ends."""
+        filters = self.tracer.tables.filters
+        for number in self.tracer.tables.live:
+            spec = filters[number].spec
+            if spec is not None:
+                self.states[number] = self.aggregator.states[spec.id]
+        self.before += [NO_COUNTS] * (len(filters) - len(self.before))
 
     def tick(self, handle: Callable[[List[bytes]], None]) -> None:
         """Ends the tick; `handle` takes the streamed records that are read along with the samples."""
         ended = self.tracer.next_tick()
-        for index, state in self.states:  # before the counts, so that what is counted here is counted there, too
-            state.output.take(self.tracer.read_output(index, ended))
+        for number, state in self.states.items():  # first, so that what is counted here is in the counts, too
+            state.output.take(self.tracer.read_output(number, ended))
+        self.count(ended, handle)
+
+    def count(self, ended: int, handle: Callable[[List[bytes]], None]) -> None:
+        """Counts what has been added since the last time, with samples of a tick or later."""
         counts = self.tracer.read_counts()
         handle(self.tracer.poll_records())
-        for index, state in self.states:
-            new, old = counts[index], self.before[index]
+        for number, state in self.states.items():
+            new, old = counts[number], self.before[number]
             if new.matched != old.matched:
                 state.count(new.matched - old.matched, new.passed - old.passed, new.folded - old.folded,
-                            self.tracer.take_sample(index, ended) if new.passed != old.passed else None)
+                            self.tracer.take_sample(number, ended) if new.passed != old.passed else None)
         self.before = counts
+
+    def reload(self) -> None:
+        """After the tracer's and the aggregator's: what the tables before have counted for output functions, which the
+        new ones do not hold."""
+        for number, counted in self.tracer.last_outputs.items():
+            self.states[number].output.take(counted)
+        self.set_filters()
+
+    def retire(self) -> None:
+        """Before the tracer's and the aggregator's: the last counts of the filters that end."""
+        counts = self.tracer.read_counts()
+        for number in set(self.states) - self.tracer.tables.live:
+            state, new, old = self.states.pop(number), counts[number], self.before[number]
+            state.count(new.matched - old.matched, new.passed - old.passed, new.folded - old.folded,
+                        self.tracer.take_sample(number, 0))
+            self.before[number] = NO_COUNTS
+        for number, member in enumerate(self.tracer.tables.filters):
+            if member.spec is None:
+                self.before[number] = NO_COUNTS
+
+
+NO_COUNTS = FilterCounts(0, 0, 0, 0, 0)
 
 
 class UringWatch:
@@ -9011,7 +9137,8 @@ def command_trace(options: argparse.Namespace) -> int:
         recorder = Recorder(options.record, options.record_max_bytes) if options.record is not None else None
         tables = Tables(spec.filters if spec else (), plan if recorder or not spec else (),
                         ALL_FIELDS if recorder or spec else PRINTED_FIELDS)
-        tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow)
+        spare = len(tables.filters) + SPARE_FILTERS if spec else 0
+        tracer = Tracer(plan, tables, options.ring_size, options.verbose, options.follow, spare_filters=spare)
         watchers = None
         try:
             check_summary(options.summary)
@@ -9057,6 +9184,110 @@ def say_ready(tracer: Tracer, what: str) -> None:
     say(f"ready: {what}; attached to {', '.join(names)}")
 
 
+class SpecRun:
+    """A spec at work: what the main loop calls, and what SIGHUP changes."""
+
+    def __init__(self, tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
+                 recorder: Optional[Recorder]) -> None:
+        self.tracer, self.stop, self.options, self.recorder = tracer, stop, options, recorder
+        self.aggregator = Aggregator(spec, insecure=options.collector_insecure,
+                                     counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
+        self.counts, self.uring = KernelCounts(tracer, self.aggregator), UringWatch(tracer)
+        self.status = StatusLine(lambda: sum_accounts(self.accounts))
+        self.left = 0  # records of the spec before that are held
+        self.aggregator.set_clock(tracer.clock_offset_ns)
+
+    @property
+    def accounts(self) -> List[Account]:
+        return list(self.aggregator.accounts.values())
+
+    def figures(self) -> Figures:
+        return run_figures(self.tracer, self.accounts, self.aggregator.spec, self.aggregator.channels)
+
+    def handle(self, records: List[bytes]) -> None:
+        """Streamed records, some of which wait when their rules take long."""
+        if self.recorder is not None:
+            self.recorder.add(records, self.tracer)
+        if self.tracer.tables.python_ids or self.left:  # else what is streamed is for the recording only
+            self.tracer.held.extend(records)
+        deadline, held = time.monotonic() + MAX_HOLD, self.tracer.held
+        while held and time.monotonic() < deadline:
+            record = held.popleft()
+            self.aggregator.add(self.tracer.decode(record), RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)[0])
+            self.left -= 1
+        if self.left <= 0 and self.is_reloading:
+            self.retire()
+
+    def tick(self) -> None:
+        if self.stop.reopen:
+            self.stop.reopen = False
+            self.aggregator.reopen()
+        self.aggregator.set_clock(self.tracer.clock_offset_ns)
+        self.counts.tick(self.handle)
+        self.aggregator.flush(time.time())
+        self.stop.stopped = self.stop.stopped or self.aggregator.ended
+        self.uring.tick()
+        self.status.tick()
+        if self.stop.reload and not self.is_reloading:
+            self.stop.reload = False
+            self.reload()
+
+    is_reloading = False  # the spec before has records that have not been evaluated
+
+    def reload(self) -> None:
+        """Goes on with what the spec's file says now; when it is no valid spec, or cannot be had, as before."""
+        try:
+            if self.recorder is not None:
+                raise UsageError("what is recorded is for the spec that --record began with")
+            spec = load_spec(self.options.spec)
+            plan = plan_spec(spec, [parse_selector(text) for text in self.options.selectors], self.tracer.plan)
+            self.change_over(spec, plan)
+        except TraceleftError as error:
+            self.status.clear()
+            for text in error.errors:
+                say(text)
+            say(f"{escape(self.options.spec)} was not loaded: the spec before goes on")
+
+    def change_over(self, spec: Spec, plan: Mapping[str, Wanted]) -> None:
+        """Raises TraceleftError, and then nothing has changed."""
+        tracer, aggregator = self.tracer, self.aggregator
+        same = sum(1 for member in spec.filters if member in aggregator.spec.filters)
+        channels = aggregator.open_channels(spec)
+        tables = Tables(spec.filters, previous=tracer.tables)
+        try:
+            tracer.reload(plan, tables)
+        except TraceleftError:
+            aggregator.close_channels(channels.values())
+            raise
+        self.left, self.is_reloading = len(tracer.held), True
+        aggregator.reload(spec, frozenset(spec.ids) - tables.python_ids, channels, tracer.retiring_streams)
+        self.counts.reload()
+        self.status.clear()
+        for warning in spec.warnings:
+            say(f"warning: {warning}")
+        say(f"reloaded {escape(self.options.spec)}: {len(spec.filters)} filters, {same} of them as before")
+        self.handle([])
+
+    def retire(self) -> None:
+        """Ends what only the spec before had."""
+        self.is_reloading = False
+        counts = self.tracer.read_counts()
+        for number, event in self.tracer.retiring_streams.items():
+            for state in self.aggregator.earlier.get(number, ()):
+                if counts[number].ring_full and state.spec.event == event:
+                    state.account.lose("ring_full", counts[number].ring_full)
+        self.counts.retire()
+        self.aggregator.retire(time.time())
+        self.tracer.retire()
+
+    def close(self) -> None:
+        """Delivers what is pending."""
+        if self.is_reloading:
+            self.retire()
+        self.aggregator.close()
+        self.status.clear()
+
+
 def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.Namespace,
                watchers: Watchers, recorder: Optional[Recorder]) -> int:
     """Runs a spec until stopped; everything is found valid by now."""
@@ -9066,45 +9297,19 @@ def trace_spec(tracer: Tracer, spec: Spec, stop: StopSignals, options: argparse.
     tracer.attach()
     # before the channels start threads, which would keep what they had
     report_privileges(drop_privileges(True, reopened_paths(spec, tracer, options)), options)
-    aggregator = Aggregator(spec, insecure=options.collector_insecure,
-                            counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
-    accounts = list(aggregator.accounts.values())
-    counts, uring = KernelCounts(tracer, aggregator), UringWatch(tracer)
-    status = StatusLine(lambda: sum_accounts(accounts), any(channel.path == "-" for channel in spec.used_channels))
-
-    def handle(records: List[bytes]) -> None:
-        if recorder is not None:
-            recorder.add(records, tracer)
-        if tracer.tables.python_ids:  # else what is streamed is for the recording only
-            tracer.held.extend(records)
-        deadline = time.monotonic() + MAX_HOLD
-        while tracer.held and time.monotonic() < deadline:
-            aggregator.add(tracer.decode(tracer.held.popleft()))
-
-    def tick() -> None:
-        if stop.reopen:
-            stop.reopen = False
-            aggregator.reopen()
-        aggregator.set_clock(tracer.clock_offset_ns)
-        counts.tick(handle)
-        aggregator.flush(time.time())
-        stop.stopped = stop.stopped or aggregator.ended
-        uring.tick()
-        status.tick()
-
+    run = SpecRun(tracer, spec, stop, options, recorder)
     try:
-        aggregator.set_clock(tracer.clock_offset_ns)
         if watchers.server is not None:
-            watchers.server.figures = lambda: run_figures(tracer, accounts, spec, aggregator.channels)
-        watchers.status = lambda: format_totals(sum_accounts(accounts))
+            watchers.server.figures = run.figures
+        watchers.status = lambda: format_totals(sum_accounts(run.accounts))
         say_ready(tracer, f"{len(spec.filters)} filter{'s' if len(spec.filters) > 1 else ''}")
         watchers.ready()
-        run_loop(tracer, handle, tick, stop, options.duration, watchers)
-        tick()
+        run_loop(tracer, run.handle, run.tick, stop, options.duration, watchers)
+        stop.reload = False
+        run.tick()
     finally:
-        aggregator.close()
-        status.clear()
-    return report(tracer, accounts, options.summary, recorder)
+        run.close()
+    return report(tracer, run.accounts, options.summary, recorder)
 
 
 def check_channels(spec: Spec, insecure: bool) -> None:
