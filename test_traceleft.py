@@ -3318,6 +3318,181 @@ class TestPrivileges:
         assert {path.name for path in tmp_path.iterdir()} == {"spec"}
 
 
+class TestReload:
+    """SIGHUP: another spec without a gap, or the same when the new one is no good."""
+
+    pytestmark = live
+
+    def a_filter(self, tmp_path, id, parameters="frequency=1", rule=None, name="open", **more):
+        rule = f"filename == '{tmp_path}/f'" if rule is None and name == "open" else rule or ""
+        return a_spec(rule, parameters, name=name, id=id, **more)["events"][0]
+
+    def write(self, tmp_path, *filters, channels=("log",)):
+        """Puts a spec where the agent reads it, whole at any time."""
+        value = {"channels": [{"id": str(i), "type": "file", "path": f"{tmp_path}/{name}"} for i, name in enumerate(channels, 1)],
+                 "events": list(filters)}
+        write_spec(tmp_path / "new", value).rename(tmp_path / "spec")
+        return tmp_path / "spec"
+
+    def reload(self, agent, said="traceleft: reloaded"):
+        """Sends SIGHUP and waits for the answer; returns it."""
+        before = len(agent.stderr)
+        agent.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any(said in line for line in agent.stderr[before:]) or agent.process.poll() is not None, said)
+        return agent.stderr[before:]
+
+    def counts(self, tmp_path):
+        """Filter -> sum of the counts in the log."""
+        found = {}
+        for record in map(json.loads, (tmp_path / "log").read_text().splitlines()):
+            found[record["filter"]] = found.get(record["filter"], 0) + record["count"]
+        return found
+
+    def test_in_a_loop_under_load(self, programs, tmp_path):
+        """Two processes open as fast as they can. Each event is counted once: by filters that stay, with sigma's progress,
+        by those that change, in which the parts add up, and by those that need Python."""
+        n = 60_000
+        kept = [self.a_filter(tmp_path, "kept", "frequency=7"), self.a_filter(tmp_path, "by", "frequency=3;by=pid,comm"),
+                self.a_filter(tmp_path, "python", "frequency=5", f"glob(filename, '{tmp_path}/?') and ret >= 0")]
+        variants = [[*kept, self.a_filter(tmp_path, "changed", "frequency=2")],
+                    [self.a_filter(tmp_path, "changed", "frequency=3"), *reversed(kept),
+                     self.a_filter(tmp_path, "more", name="close", rule="fd == -1")],
+                    [*kept, self.a_filter(tmp_path, "changed", "frequency=1;by=filename"),
+                     self.a_filter(tmp_path, "tcp", name="connect_v4", rule="dport == 1")]]
+        with Agent("trace", "--spec", self.write(tmp_path, *variants[0]), "--summary", "-") as agent:
+            floods = [subprocess.Popen([programs["opens"], tmp_path / "f", str(n)]) for _ in range(2)]
+            reloads = 0
+            while reloads < 3 or any(flood.poll() is None for flood in floods):
+                reloads += 1
+                self.write(tmp_path, *variants[reloads % 3])
+                self.reload(agent)
+            assert [flood.wait(DEADLINE) for flood in floods] == [0, 0]
+            code, output = agent.stop()
+        assert code == 0, agent.stderr
+        rows = {row["id"]: row for row in json.loads(output)["filters"]}
+        assert {name: rows[name]["matched"] for name in ("kept", "by", "python", "changed")} == dict.fromkeys(
+            ("kept", "by", "python", "changed"), 2 * n)
+        assert (rows["kept"]["passed"], rows["by"]["passed"], rows["python"]["passed"]) == (2 * n // 7, 2 * (n // 3), 2 * n // 5)
+        assert all(row["lost"] == {} for row in rows.values())
+        assert self.counts(tmp_path) == {name: row["passed"] for name, row in rows.items() if row["passed"]}
+
+    def test_other_events_other_channels(self, programs, tmp_path):
+        """From opens in one file to mkdirs in another, and to what neither saw."""
+        first = self.write(tmp_path, self.a_filter(tmp_path, "opens"))
+        with Agent("trace", "--spec", first, "--summary", "-") as agent:
+            subprocess.run([programs["opens"], tmp_path / "f", "100"], check=True)
+            mkdir = self.a_filter(tmp_path, "mkdirs", name="mkdir", rule=f"startswith(pathname, '{tmp_path}/')")
+            self.write(tmp_path, {**mkdir, "channel": "2"}, channels=("log", "other"))
+            self.reload(agent, "1 filters, 0 of them as before")
+            subprocess.run([programs["opens"], tmp_path / "f", "100"], check=True)
+            subprocess.run(["mkdir", tmp_path / "a", tmp_path / "b"], check=True)
+            wait_until(lambda: (tmp_path / "other").exists() and '"count": 2' in (tmp_path / "other").read_text(), "mkdirs")
+            assert str(tmp_path / "log") not in [os.readlink(path) for path in Path(f"/proc/{agent.process.pid}/fd").iterdir()]
+            code, output = agent.stop()
+        assert code == 0
+        assert [(row["id"], row["event"], row["matched"]) for row in json.loads(output)["filters"]] == [
+            ("opens", "open", 100), ("mkdirs", "mkdir", 2)]
+        assert self.counts(tmp_path) == {"opens": 100}
+
+    def test_calls_that_are_under_way(self, tmp_path):
+        """Begun under one spec and ended under the next: seen by it, with the arguments as they were."""
+        lingers = """if True:
+            import os, socket, struct, sys, threading
+            server = socket.create_server(("127.0.0.1", 0))
+            client = socket.create_connection(server.getsockname())
+            peer, _ = server.accept()
+            client.setblocking(False)
+            try:
+                while True:
+                    client.send(bytes(65536))
+            except BlockingIOError:
+                client.setblocking(True)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+            fd = client.detach()
+            print(fd, flush=True)
+            sys.stdin.readline()
+            thread = threading.Thread(target=os.close, args=[fd])
+            thread.start()
+            print("closing", flush=True)
+            sys.stdin.readline()
+            peer.close()
+            thread.join()"""
+        with subprocess.Popen([sys.executable, "-c", lingers], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            closes = self.a_filter(tmp_path, "closes", name="close",
+                                   rule=f"pid == {process.pid} and fd == {int(process.stdout.readline())} and 'socket' in path")
+            with Agent("trace", "--spec", self.write(tmp_path, closes), "--summary", "-") as agent:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                process.stdout.readline()
+                tasks = Path(f"/proc/{process.pid}/task")
+                number = str(traceleft.syscall_number("close"))
+                wait_until(lambda: number in [(task / "syscall").read_text().split()[0] for task in tasks.iterdir()], "close()")
+                self.write(tmp_path, self.a_filter(tmp_path, "other", name="mkdir"), closes)
+                self.reload(agent)
+                process.stdin.write("\n")
+                process.stdin.close()
+                assert process.wait(DEADLINE) == 0
+                _, output = agent.stop()
+        assert {row["id"]: row["matched"] for row in json.loads(output)["filters"]}["closes"] == 1
+
+    @pytest.mark.parametrize("text, error", [
+        ("", "the file is empty"),
+        ('{"channels": [], "events": [{"name": "opne"}]}', "unknown event 'opne' (did you mean 'open'?)"),
+        (json.dumps(a_spec()), "cannot open /nonexistent/log"),
+    ])
+    def test_a_spec_that_is_no_good_changes_nothing(self, programs, tmp_path, text, error):
+        with Agent("trace", "--spec", self.write(tmp_path, self.a_filter(tmp_path, "a", "frequency=7")), "--summary", "-") as agent:
+            subprocess.run([programs["opens"], tmp_path / "f", "6"], check=True)
+            (tmp_path / "spec").write_text(text)
+            said = self.reload(agent, "was not loaded: the spec before goes on")
+            assert any(error in line for line in said)
+            subprocess.run([programs["opens"], tmp_path / "f", "1"], check=True)
+            code, output = agent.stop()
+        (row,) = json.loads(output)["filters"]
+        assert (code, row["matched"], row["passed"]) == (0, 7, 1)
+
+    def test_a_kernel_that_refuses_changes_nothing(self, programs, tmp_path, monkeypatch):
+        """What was made by then is undone, and the next reload works."""
+        tables = traceleft.Tables(parse_spec(a_spec(f"filename == '{tmp_path}/f'")).filters)
+        plan = {"open": traceleft.Wanted(any_process=True)}
+        with traceleft.Tracer(plan, tables, spare_filters=10) as tracer:
+            more = parse_spec({**a_spec(), "events": [self.a_filter(tmp_path, "x"), self.a_filter(tmp_path, "y", name="mkdir")]})
+            new_plan = {**plan, "mkdir": traceleft.Wanted(any_process=True)}
+            descriptors = len(os.listdir("/proc/self/fd"))
+            for place in ("fill_tables", "attach_one"):
+                with monkeypatch.context() as patch:
+                    def fail(*_):
+                        raise traceleft.HostError("refused")
+                    patch.setattr(traceleft.Tracer, place, fail)
+                    with pytest.raises(traceleft.HostError, match="refused"):
+                        tracer.reload(new_plan, traceleft.Tables(more.filters, previous=tracer.tables))
+                assert len(os.listdir("/proc/self/fd")) == descriptors
+                subprocess.run([programs["opens"], tmp_path / "f", "10"], check=True)
+            assert tracer.read_counts()[0].matched == 20
+            tracer.reload(new_plan, traceleft.Tables(more.filters, previous=tracer.tables))
+            tracer.retire()
+            subprocess.run([programs["opens"], tmp_path / "f", "10"], check=True)
+            assert [count.matched for count in tracer.read_counts()] == [0, 10, 0]
+            too_many = parse_spec({**a_spec(), "events": [self.a_filter(tmp_path, str(i)) for i in range(11)]})
+            with pytest.raises(traceleft.TraceleftError, match="there is room for 11 filters"):
+                tracer.reload(plan, traceleft.Tables(too_many.filters, previous=tracer.tables))
+
+    def test_leaves_nothing_behind(self, tmp_path):
+        """Neither descriptors nor programs nor memory pile up."""
+        variants = [[self.a_filter(tmp_path, "a", f"frequency={n};by=pid")] for n in (1, 2)]
+        with Agent("trace", "--spec", self.write(tmp_path, *variants[0])) as agent:
+            figures = []
+            for n in range(6):
+                self.write(tmp_path, *variants[n % 2])
+                self.reload(agent)
+                if n % 2:
+                    figures.append((len(os.listdir(f"/proc/{agent.process.pid}/fd")), resident_kib(agent.process.pid)))
+            code, _ = agent.stop()
+        assert code == 0
+        assert len({descriptors for descriptors, _ in figures}) == 1
+        assert figures[-1][1] - figures[0][1] < 4096
+
+
 @pytest.mark.usefixtures("programs")
 class TestTracer:
     pytestmark = live

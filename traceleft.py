@@ -9215,8 +9215,6 @@ class SpecRun:
             record = held.popleft()
             self.aggregator.add(self.tracer.decode(record), RECORD_TAG.unpack_from(record, RECORD_TAG_OFFSET)[0])
             self.left -= 1
-        if self.left <= 0 and self.is_reloading:
-            self.retire()
 
     def tick(self) -> None:
         if self.stop.reopen:
@@ -9224,6 +9222,7 @@ class SpecRun:
             self.aggregator.reopen()
         self.aggregator.set_clock(self.tracer.clock_offset_ns)
         self.counts.tick(self.handle)
+        self.retire_when_done()
         self.aggregator.flush(time.time())
         self.stop.stopped = self.stop.stopped or self.aggregator.ended
         self.uring.tick()
@@ -9267,6 +9266,11 @@ class SpecRun:
             say(f"warning: {warning}")
         say(f"reloaded {escape(self.options.spec)}: {len(spec.filters)} filters, {same} of them as before")
         self.handle([])
+        self.retire_when_done()
+
+    def retire_when_done(self) -> None:
+        if self.is_reloading and self.left <= 0:
+            self.retire()
 
     def retire(self) -> None:
         """Ends what only the spec before had."""
