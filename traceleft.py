@@ -6565,11 +6565,16 @@ class Tracer:
 
     def unseen(self) -> Dict[str, Dict[str, int]]:
         """Event type -> cause -> streamed events that no filter has seen."""
-        counts = self.read_counts()
+        streams = [number for number in self.tables.live if self.tables.filters[number].spec is None]
         not_read = self.submitted() - self.consumed + len(self.held)
-        causes = {member.event: {"ring_full": count.ring_full, "not_read": not_read}
-                  for member, count in zip(self.tables.filters, counts) if member.spec is None}
-        return {event: {cause: number for cause, number in found.items() if number} for event, found in causes.items()}
+        causes = {number: {**found, "not_read": not_read} for number, found in self.unseen_streams(streams).items()}
+        return {self.tables.filters[number].event: {cause: count for cause, count in found.items() if count}
+                for number, found in causes.items()}
+
+    def unseen_streams(self, numbers: Iterable[int]) -> Dict[int, Dict[str, int]]:
+        """Number of a stream -> cause -> events that did not fit into its ring."""
+        counts = self.read_counts()
+        return {number: {"ring_full": counts[number].ring_full} for number in numbers}
 
     def run_times(self) -> Dict[str, Tuple[float, int]]:
         """Attached program -> seconds that it ran and how often, since BPF stats are on; empty when they never were."""
@@ -9275,11 +9280,11 @@ class SpecRun:
     def retire(self) -> None:
         """Ends what only the spec before had."""
         self.is_reloading = False
-        counts = self.tracer.read_counts()
-        for number, event in self.tracer.retiring_streams.items():
+        for number, causes in self.tracer.unseen_streams(self.tracer.retiring_streams).items():
             for state in self.aggregator.earlier.get(number, ()):
-                if counts[number].ring_full and state.spec.event == event:
-                    state.account.lose("ring_full", counts[number].ring_full)
+                for cause, count in causes.items():
+                    if count:
+                        state.account.lose(cause, count)
         self.counts.retire()
         self.aggregator.retire(time.time())
         self.tracer.retire()
