@@ -5257,6 +5257,117 @@ os._exit(0)
         assert self.compare(tmp_path, sys.executable, "-I", "-S", "-c", script, cwd=tmp_path) > 300
 
 
+class TestSelfWatch:
+    class FakeTracer:
+        """A tracer whose ring fills as told, and whose main loop may hang in it."""
+
+        held = ()
+        uses = [0]
+        hangs = 0.0
+        lost = ()
+
+        def ring_use(self):
+            time.sleep(self.hangs)
+            return {"events": (self.uses.pop(0) if len(self.uses) > 1 else self.uses[0], 100)}
+
+        def lost_attachments(self):
+            return list(self.lost)
+
+    @pytest.fixture
+    def tracer(self):
+        return self.FakeTracer()
+
+    @pytest.fixture
+    def watch(self, tracer, monkeypatch):
+        monkeypatch.setattr(traceleft, "STANDSTILL", 1.0)
+        watch = traceleft.SelfWatch(tracer)
+        yield watch
+        watch.stop()
+        assert not watch.thread.is_alive()
+
+    def test_says_while_it_stands_still_and_where_and_afterwards_how_long(self, tracer, watch, capsys):
+        tracer.hangs = 2.5
+        watch.tick()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(r"traceleft: stands still: no second has been closed for \d+ s; it is at watch_ring\(\), line \d+", line)
+        tracer.hangs = 0
+        watch.tick()
+        watch.tick()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.match(r"traceleft: stood still for \d+ s: ", line)
+
+    def test_says_once_that_it_falls_behind(self, tracer, watch, capsys):
+        tracer.uses = [10, 51, 90, 40, 60, 9, 0, 70, 70]
+        for _ in range(9):
+            watch.tick()
+        assert [line.split(":")[1] for line in capsys.readouterr().err.splitlines()] == [
+            " falls behind", " has caught up", " falls behind"]
+
+    def test_says_once_what_is_not_attached_any_more(self, tracer, watch, capsys):
+        tracer.lost = ["syscalls/sys_exit_open"]
+        for _ in range(3 * traceleft.LINK_CHECK):
+            watch.tick()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is not attached to syscalls/sys_exit_open any more" in line
+
+
+class TestSelfWatchLive:
+    pytestmark = live
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_a_lost_attachment_is_found(self, replaced):
+        with traceleft.Tracer("mkdir,connect_v4") as tracer:
+            assert tracer.lost_attachments() == []
+            for attachment, (link, _) in list(tracer.links.items()):
+                if attachment.place in ("syscalls/sys_exit_mkdir", "tp_btf/inet_sock_set_state"):
+                    fd = tracer.bpf.call("bpf_link__fd", link)
+                    if replaced:
+                        os.dup2(0, fd)
+                    else:
+                        os.close(fd)
+            assert sorted(tracer.lost_attachments()) == ["syscalls/sys_exit_mkdir", "tp_btf/inet_sock_set_state"]
+            if not replaced:  # close() closes them again, which must not hit what is another's by then
+                for _ in range(2):
+                    os.open(os.devnull, os.O_RDONLY)
+
+    def test_a_stopped_agent_says_so_and_has_counted_everything(self, programs, tmp_path):
+        spec = a_spec(f"filename == '{tmp_path}/f'", "frequency=10", channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"})
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            agent.process.send_signal(signal.SIGSTOP)
+            stopped = time.monotonic()
+            subprocess.run([programs["opens"], tmp_path / "f", "50000"], check=True)
+            wait_until(lambda: time.monotonic() > stopped + traceleft.STANDSTILL + 2, "a while")
+            agent.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: any("still for" in line for line in agent.stderr), "it says so")
+            code, output = agent.stop()
+        (row,) = json.loads(output)["filters"]
+        assert (code, row["matched"], row["passed"], row["lost"]) == (0, 50_000, 5_000, {})
+
+    def test_two_agents_do_not_disturb_each_other(self, programs, tmp_path):
+        """One for some syscalls, the other for all of them and in Python too: both count every open."""
+        rule = f"filename == '{tmp_path}/f'"
+        specs = [a_spec(rule, "frequency=3", channel={"id": "1", "type": "file", "path": f"{tmp_path}/log{i}"}) for i in range(2)]
+        specs[1]["events"] += [{**specs[1]["events"][0], "id": "python", "rule": f"glob(filename, '{tmp_path}/?')"},
+                               {**a_spec("fd == -7", name="read")["events"][0], "id": "read"},
+                               {**a_spec("fd == -7", name="write")["events"][0], "id": "write"},
+                               {**a_spec("pid == 0", name="futex")["events"][0], "id": "futex"}]
+        with contextlib.ExitStack() as stack:
+            agents = [stack.enter_context(Agent("trace", "--spec", write_spec(tmp_path / f"spec{i}", spec), "--summary", "-"))
+                      for i, spec in enumerate(specs)]
+            assert [bool(re.search(r"\bsys_exit\b", agent.stderr[-1])) for agent in agents] == [False, True]
+            opens = [subprocess.Popen([programs["opens"], tmp_path / "f", "20000"]) for _ in range(2)]
+            assert [process.wait(DEADLINE) for process in opens] == [0, 0]
+            code, output = agents[0].stop()  # the other one goes on
+            assert code == 0 and json.loads(output)["filters"][0]["matched"] == 40_000
+            subprocess.run([programs["opens"], tmp_path / "f", "1000"], check=True)
+            code, output = agents[1].stop()
+        assert code == 0
+        assert [row["matched"] for row in json.loads(output)["filters"]] == [41_000, 41_000, 0, 0, 0]
+
+    def test_explain_says_that_its_own_events_are_left_out(self):
+        assert "never traced: the tracer's own events" in run("explain", HERE / "spec/aggregator-spec.json").stdout
+
+
 class TestWalkThrough:
     pytestmark = live
 

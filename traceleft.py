@@ -5610,6 +5610,7 @@ MAX_SOCKETS = 65536            # TCP connections whose owner is known
 URING_OPCODES = 256
 WAKEUP_BYTES = 64 << 10
 PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, include/uapi/linux/bpf.h
+LINK_INFO_SIZE = 64              # more than the members that all kinds of struct bpf_link_info have
 PROG_INFO_RUN_TIME, PROG_INFO_RUN_COUNT, PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 192, 200, 208, 216
 
 PROC_PID_INIT_INO = 0xEFFFFFFC  # inode of the initial pid namespace, include/linux/proc_ns.h
@@ -6003,6 +6004,7 @@ class Tracer:
         self.generation: int = previous.generation + 1 if previous else 0
         self.sizes: Dict[str, int] = {}  # entries of maps
         self.links: Dict[Attachment, Tuple[Any, int]] = {}  # -> struct bpf_link, descriptor of the program
+        self.linked: Dict[Attachment, Optional[int]] = {}   # -> id of the program that the kernel says the link has
         self.program_fds: Dict[int, str] = {}  # programs that are attached: those of earlier generations may be, too
         self.misses_before = 0  # of programs that are no more
         self.submitted_before = self.lost_samples_before = 0  # of filters that are no more
@@ -6295,6 +6297,7 @@ class Tracer:
             self.program_fds[os.dup(self.bpf.call("bpf_program__fd", program))] = attachment.program
         fd = next(fd for fd, name in self.program_fds.items() if name == attachment.program)
         self.links[attachment] = link, fd
+        self.linked[attachment] = self.attached_program(link)
 
     def open_gates(self) -> None:
         """Puts this generation's programs behind the gates that are attached: from set_generation() on they see the
@@ -6345,6 +6348,7 @@ class Tracer:
                              if before.filters[number].spec is not None}
         self.close_gates()
         self.links.update(new.links)
+        self.linked.update(new.linked)
         self.program_fds.update(new.program_fds)
         for attachment in set(self.links) - set(new.attached):
             self.bpf.library.bpf_link__destroy(self.links.pop(attachment)[0])
@@ -6570,6 +6574,19 @@ class Tracer:
         causes = {number: {**found, "not_read": not_read} for number, found in self.unseen_streams(streams).items()}
         return {self.tables.filters[number].event: {cause: count for cause, count in found.items() if count}
                 for number, found in causes.items()}
+
+    def lost_attachments(self) -> List[str]:
+        """Places whose link is not the one that was made: its descriptor was closed, or is of something else."""
+        return [attachment.place for attachment, (link, _) in list(self.links.items())
+                if self.attached_program(link) != self.linked[attachment]]
+
+    def attached_program(self, link: Any) -> Optional[int]:
+        """The id of the program that a link has attached; None when it is no link."""
+        info, size = ctypes.create_string_buffer(LINK_INFO_SIZE), ctypes.c_uint32(LINK_INFO_SIZE)
+        with contextlib.suppress(OSError):
+            self.bpf.call("bpf_obj_get_info_by_fd", self.bpf.call("bpf_link__fd", link), info, ctypes.byref(size))
+            return int(struct.unpack_from("=III", info)[2])  # struct bpf_link_info: type, id, prog_id
+        return None
 
     def unseen_streams(self, numbers: Iterable[int]) -> Dict[int, Dict[str, int]]:
         """Number of a stream -> cause -> events that did not fit into its ring."""
@@ -7012,6 +7029,8 @@ class Recording:
 
 MAX_HOLD = 0.2       # seconds for which rules are evaluated until signals and the time are looked at again
 STOP_TIMEOUT = 30.0  # seconds for which rules are evaluated after the end
+STANDSTILL = 5.0     # seconds without a tick that are worth a line
+LINK_CHECK = 10      # ticks from one look at the attachments to the next
 POLL_INTERVAL = 0.1  # seconds after which the ring is read although little is pending
 
 
@@ -7078,8 +7097,8 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
              duration: Optional[float], watchers: Watchers) -> None:
     """Hands over records, calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
-    interval = POLL_INTERVAL if tracer.streams else 1.0
     second = boot_time() // 1
+    watch = SelfWatch(tracer)
     with selectors.DefaultSelector() as selector:
         selector.register(tracer, selectors.EVENT_READ)
         selector.register(stop, selectors.EVENT_READ)
@@ -7087,6 +7106,7 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
             selector.register(watchers.server, selectors.EVENT_READ)
         while not stop.stopped and time.monotonic() < end:
             if not tracer.more and not tracer.held:
+                interval = POLL_INTERVAL if tracer.streams else 1.0
                 selector.select(max(0.0, min(interval, second + 1 - boot_time(), end - time.monotonic())))
             handle([] if tracer.held else tracer.poll_records())
             watchers.serve()
@@ -7095,6 +7115,8 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
                 tracer.set_clock()
                 tick()
                 watchers.tick()
+                watch.tick()
+    watch.stop()
     watchers.stopping()
     detaching = threading.Thread(target=tracer.detach)  # takes a while, in which the ring should not fill
     detaching.start()
@@ -7168,6 +7190,70 @@ class KernelCounts:
 
 
 NO_COUNTS = FilterCounts(0, 0, 0, 0, 0)
+
+
+class SelfWatch:
+    """Says when the agent does not keep up: that it stands still, that it stood still, that its ring fills up, and that
+    it is not attached any more. A thread watches the main loop, which cannot speak while it stands still."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
+        self.last_tick = time.monotonic()
+        self.ticks = 0
+        self.told = False     # of the standstill that goes on
+        self.behind = False
+        self.detached: Set[str] = set()
+        self.loop = threading.get_ident()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="self-watch", daemon=True)
+        self.thread.start()
+
+    def watch(self) -> None:
+        """The thread."""
+        while not self.ended.wait(1.0):
+            late = time.monotonic() - self.last_tick
+            if late > STANDSTILL and not self.told:
+                self.told = True
+                say(f"stands still: no second has been closed for {late:.0f} s; it is at {self.place()}")
+
+    def place(self) -> str:
+        """The function of ours that the main loop is in."""
+        frame = sys._current_frames().get(self.loop)
+        while frame is not None and frame.f_code.co_filename != __file__:
+            frame = frame.f_back
+        return f"{frame.f_code.co_name}(), line {frame.f_lineno}" if frame is not None else "its start"
+
+    def tick(self) -> None:
+        """A second is over, and its alerts are handed over."""
+        now = time.monotonic()
+        late, self.last_tick, self.told = now - self.last_tick, now, False
+        if late > STANDSTILL:
+            say(f"stood still for {late:.0f} s: what was counted meanwhile is in one alert for each filter")
+        self.ticks += 1
+        self.watch_ring()
+        if self.ticks % LINK_CHECK == 0:
+            self.watch_links()
+
+    def watch_ring(self) -> None:
+        """Once when it is half full, and again when it had been almost empty in between."""
+        waiting, size = self.tracer.ring_use()["events"]
+        if waiting > size // 2 and not self.behind:
+            self.behind = True
+            say(f"falls behind: {100 * waiting // size}% of the ring buffer wait; fewer events or cheaper rules in "
+                "Python help, and for a burst a larger --ring-size")
+        elif self.behind and waiting < size // 10 and not self.tracer.held:
+            self.behind = False
+            say("has caught up")
+
+    def watch_links(self) -> None:
+        for place in self.tracer.lost_attachments():
+            if place not in self.detached:
+                self.detached.add(place)
+                say(f"is not attached to {place} any more: its events are not seen; start it again")
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join()
 
 
 class UringWatch:
