@@ -6563,7 +6563,8 @@ class TestScreenInTerminal:
         if os.geteuid() != 0:
             pytest.skip("needs root")
         before = tmux.modes
-        spec = write_spec(tmp_path / "spec", a_spec(name="mkdir", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        spec = write_spec(tmp_path / "spec", a_spec(f"startswith(pathname, '{tmp_path}/d')", name="mkdir", channel={
+            "id": "1", "type": "file", "path": str(tmp_path / "log")}))
         tmux.type(f"{sys.executable} {SCRIPT} trace --spec {spec}")
         tmux.wait("^matched 0/s  passed 0/s  alerts 0/s  lost 0/s$")
         for number in range(3):

@@ -135,10 +135,6 @@ class HostError(TraceleftError):
     exit_code = 3
 
 
-class RecordError(TraceleftError):
-    """A record of the ring buffer is of another version than this script."""
-
-
 class BalanceError(TraceleftError):
     """The accounting did not add up: events were lost before a filter could count them."""
 
@@ -884,13 +880,13 @@ def decode_record(record: bytes, clock_offset_ns: int = 0, name: str = "") -> Ev
     """An Event from one record of the ring buffer; `clock_offset_ns` is what turns CLOCK_BOOTTIME into Unix time.
 
     `name` is that of its event type, where the record's number is that of another run.
-    Raises RecordError when the record is of another version than this script.
+    Raises TraceleftError when the record is of another version than this script.
     """
     (timestamp_ns, ret, program_id, a0, a1, a2, a3, a4, a5, a6, a7, path, exe, cgroup, file, file_1,
      pid, tid, ppid, uid, gid, euid, mntns, netns, pidns, event_id, flags, _reserved, version, _filter, _tick,
      comm) = HEADER.unpack_from(record)
     if version != RECORD_VERSION:
-        raise RecordError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
+        raise TraceleftError(f"the object's records are of version {version}, not {RECORD_VERSION}: run 'make bpf'")
     name = name or EVENT_NAMES[event_id]
     slots = (a0, a1, a2, a3, a4, a5, a6, a7)
     return Event(name, tuple([decode_argument(record, slots, argument) for argument in EVENT_TYPES[name].arguments]),
@@ -6728,9 +6724,8 @@ BLOCK = struct.Struct("<III")
 BLOCK_HEAD, BLOCK_TYPE, BLOCK_EVENTS, BLOCK_END = 1, 2, 3, 4
 CLOCK_OFFSET = struct.Struct("<q")
 RECORD_LENGTH = struct.Struct("<I")
-EVENT_ID = struct.Struct("=H")
-EVENT_ID_OFFSET = struct.calcsize("=" + "".join(code for _, code in itertools.takewhile(
-    lambda member: member[0] != "event", HEADER_FIELDS)))
+TIMESTAMP = struct.Struct("=Q")  # the first field of a record
+VERSION_FIELD = struct.Struct("=I")
 MAX_BLOCK_BYTES = 1 << 20       # of events: what a reader has to hold
 MAX_RECORD_BYTES = 1 << 17      # texts of six arguments, of paths, exe and cgroup
 END_RESERVE = 16 << 10          # kept free for types and the end
@@ -6923,8 +6918,7 @@ class Recording:
                 break
             try:
                 self.take[block.kind](self, block)
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, struct.error,
-                    RecordError):
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, struct.error):
                 break
             whole = self.file.tell()
             expected = set() if block.kind == BLOCK_END else {BLOCK_TYPE, BLOCK_EVENTS, BLOCK_END}
@@ -6959,7 +6953,7 @@ class Recording:
         self.names[row["id"]] = name
 
     def take_events(self, block: Block) -> None:
-        self.events += len(self.decode(block))
+        self.events += sum(1 for _ in self.records(block))
 
     def take_end(self, block: Block) -> None:
         self.end = self.json(block)
@@ -6991,31 +6985,35 @@ class Recording:
             raise ValueError
         return value
 
-    def decode(self, block: Block) -> List[Event]:
-        """The events of a block. Raises struct.error, ValueError, KeyError or RecordError for what are none."""
+    def records(self, block: Block) -> Iterator[Tuple[str, bytes]]:
+        """Event name and record of each event of a block. Raises struct.error, ValueError or KeyError for none."""
         (offset,) = CLOCK_OFFSET.unpack_from(block.data)
-        events, at = [], CLOCK_OFFSET.size
+        at = CLOCK_OFFSET.size
         while at < len(block.data):
             (length,) = RECORD_LENGTH.unpack_from(block.data, at)
             at += RECORD_LENGTH.size
             record = block.data[at:at + length]
             if not HEADER.size <= len(record) == length:
                 raise ValueError
-            event = decode_record(record, offset, self.names[EVENT_ID.unpack_from(record, EVENT_ID_OFFSET)[0]])
-            if not 0 <= event.timestamp_ns < 1 << 63 or event.type.is_tcp and not is_shown(event):
+            name = self.names[record_event(record)]
+            (time_ns,) = TIMESTAMP.unpack_from(record)
+            (version,) = VERSION_FIELD.unpack_from(record, HEADER_OFFSETS["version"])
+            if version != RECORD_VERSION or not 0 <= time_ns + offset < 1 << 63:
                 raise ValueError
-            events.append(event)
+            if EVENT_TYPES[name].is_tcp and not is_shown(decode_record(record, offset, name)):
+                raise ValueError
+            yield name, record
             at += length
-        return events
 
     def read(self) -> Iterator[Tuple[int, List[Event]]]:
         """Clock offset in ns and events, block by block. Raises TraceleftError when they are not there any more."""
         left = self.events
         for block in self.blocks():
             if block.kind == BLOCK_EVENTS:
-                events = self.decode(block)
+                (offset,) = CLOCK_OFFSET.unpack_from(block.data)
+                events = [decode_record(record, offset, name) for name, record in self.records(block)]
                 left -= len(events)
-                yield CLOCK_OFFSET.unpack_from(block.data)[0], events
+                yield offset, events
         if left:
             raise TraceleftError(f"{escape(self.path)} was changed while it was read")
 
