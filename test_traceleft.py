@@ -2691,6 +2691,33 @@ class TestOtlp:
         assert later.accounts["open-0"].delivered == 1
         assert len({attributes_of(resource)["service.instance.id"] for resource, _ in server.metrics}) == 2
 
+    def test_histograms_and_heaviest_groups_are_metrics_too(self):
+        with OtlpServer(metrics=[(grpc.StatusCode.UNAVAILABLE, 0.3)]) as server:  # so that both seconds are one request
+            spec = otlp_spec(server.port)
+            spec["events"] = [{**spec["events"][0], "output": {"metrics": metrics, "parameters": parameters, "format": "otlp"}}
+                              for metrics, parameters in (("alerts_per_sec", ""), ("histogram", "field=ret"), ("top_per_sec", "by=comm;k=2"))]
+            aggregator = Aggregator(spec, insecure=True)
+            for second in (1.0, 2.0):
+                for ret, comm in ((-2, "a"), (0, "b"), (3, "a"), (3, "c"), (1 << 40, "a"), (3, "b")):
+                    aggregator.add(an_open(ret=ret, comm=comm))
+                aggregator.tick(second)
+            aggregator.close()
+        assert server.sums()["open-0", "passed"] == server.sums()["open-1", "passed"] == server.sums()["open-2", "passed"] == 12
+        points = [point for _, metric in server.metrics if metric.name == "traceleft.values" for point in metric.histogram.data_points]
+        for point in points:
+            assert attributes_of(point) == {"traceleft.filter": "open-1", "traceleft.event": "open", "traceleft.stream": "s",
+                                            "traceleft.group": "g", "traceleft.field": "ret"}
+            assert len(point.bucket_counts) == len(point.explicit_bounds) + 1 and point.count == 6
+            assert list(point.explicit_bounds) == sorted(point.explicit_bounds)
+            assert {bound: count for bound, count in zip(point.explicit_bounds, point.bucket_counts) if count} == {
+                -1.0: 1, 0.0: 1, 3.0: 3, 2.0**41 - 1: 1}
+        assert [point.time_unix_nano for point in points] == [10**9, 2 * 10**9]
+        heaviest = [(point.as_int, attributes_of(point).get("traceleft.by.comm")) for _, metric in server.metrics
+                    if metric.name == "traceleft.events.top" for point in metric.sum.data_points]
+        assert heaviest == [(3, "a"), (2, "b"), (1, None)] * 2
+        (request,) = server.accepted["metrics"]
+        assert [len(part.scope_metrics[0].metrics) for part in request.resource_metrics] == [5]
+
     def test_a_clock_that_is_set_back(self):
         with OtlpServer() as server:
             aggregator = Aggregator(otlp_spec(server.port), insecure=True)

@@ -4894,27 +4894,70 @@ class OtlpMetrics(OtlpSignal):
         begin, before = self.since.get(alert.filter.id, (max(min(self.begin, alert.time - 1), 0.0), 0))
         begin = min(begin, alert.time)  # the clock may have been set back
         self.since[alert.filter.id] = alert.time, matched
-        attributes = self.attributes(filter_attributes(alert.filter))
-        metrics = [self.messages.Metric(name=name, description=description, unit="{event}", sum=self.messages.Sum(
-            aggregation_temporality=self.messages.AGGREGATION_TEMPORALITY_DELTA, is_monotonic=True,
-            data_points=[self.messages.NumberDataPoint(
-                attributes=attributes, as_int=value, start_time_unix_nano=int(begin * 1e9),
-                time_unix_nano=int(alert.time * 1e9))]))
-            for (name, description), value in zip(self.METRICS, (matched - before, alert.count, alert.lost))]
+        window = {"start_time_unix_nano": int(begin * 1e9), "time_unix_nano": int(alert.time * 1e9)}
+        labels = filter_attributes(alert.filter)
+        metrics = [self.delta_sum(name, description, window, [(labels, value)])
+                   for (name, description), value in zip(self.METRICS, (matched - before, alert.count, alert.lost))]
+        if alert.detail is not None:
+            metrics.append(self.DETAILS[alert.detail.name](self, alert, window, labels))
         scope = self.messages.ScopeMetrics(scope=self.scope, metrics=metrics, schema_url=OTLP_SCHEMA)
         data: bytes = self.request(resource_metrics=[self.messages.ResourceMetrics(
             resource=self.resource, scope_metrics=[scope], schema_url=OTLP_SCHEMA)]).SerializeToString()
         return data
 
+    def delta_sum(self, name: str, description: str, window: Mapping[str, int],
+                  values: Iterable[Tuple[Attributes, int]]) -> Any:
+        return self.messages.Metric(name=name, description=description, unit="{event}", sum=self.messages.Sum(
+            aggregation_temporality=self.messages.AGGREGATION_TEMPORALITY_DELTA, is_monotonic=True,
+            data_points=[self.messages.NumberDataPoint(attributes=self.attributes(labels), as_int=value, **window)
+                         for labels, value in values]))
+
+    def top(self, alert: Alert, window: Mapping[str, int], labels: Attributes) -> Any:
+        """The heaviest groups, each a point, and the rest as one more without what tells groups apart."""
+        assert alert.detail is not None
+        groups: List[Tuple[Attributes, int]] = [
+            ({**labels, **{f"traceleft.by.{name}": value for name, value in key}}, count)
+            for key, count in alert.detail.rows]
+        return self.delta_sum("traceleft.events.top", "Passed events of the groups that had most of them.", window,
+                              [*groups, (labels, alert.detail.other or 0)])
+
+    def histogram(self, alert: Alert, window: Mapping[str, int], labels: Attributes) -> Any:
+        assert alert.detail is not None
+        counts = {dict(bounds)["to"]: count for bounds, count in alert.detail.rows}
+        field_name = alert.filter.output_parameters["field"].name
+        return self.messages.Metric(
+            name="traceleft.values", description="Values of a field of the events that passed.",
+            histogram=self.messages.Histogram(
+                aggregation_temporality=self.messages.AGGREGATION_TEMPORALITY_DELTA,
+                data_points=[self.messages.HistogramDataPoint(
+                    attributes=self.attributes({**labels, "traceleft.field": field_name}), count=sum(counts.values()),
+                    explicit_bounds=self.BOUNDS, bucket_counts=[*(counts.get(to, 0) for to in self.BOUNDS), 0],
+                    **window)]))
+
+    BOUNDS = (-1, *((1 << bits) - 1 for bits in range(65)))  # as Histogram.bounds(): the last values of its buckets
+    DETAILS: ClassVar[Dict[str, Callable[[Any, Alert, Mapping[str, int], Attributes], Any]]] = {
+        "top": top, "histogram": histogram}
+
     def merge(self, request: Any) -> Any:
         merged = self.request()
+        known: Dict[str, Any] = {}  # metrics of the latest resource, by name
         for one in request.resource_metrics:
             if not merged.resource_metrics or merged.resource_metrics[-1].resource != one.resource:
                 merged.resource_metrics.append(one)
+                known = {metric.name: metric for metric in merged.resource_metrics[-1].scope_metrics[0].metrics}
                 continue
-            for metric, more in zip(merged.resource_metrics[-1].scope_metrics[0].metrics, one.scope_metrics[0].metrics):
-                metric.sum.data_points.extend(more.sum.data_points)
+            for metric in one.scope_metrics[0].metrics:
+                if metric.name not in known:
+                    known[metric.name] = merged.resource_metrics[-1].scope_metrics[0].metrics.add()
+                    known[metric.name].CopyFrom(metric)
+                else:
+                    known[metric.name].MergeFrom(self.messages.Metric(**self.points_of(metric)))
         return merged
+
+    def points_of(self, metric: Any) -> Dict[str, Any]:
+        """The metric's points, and nothing else of it."""
+        kind = metric.WhichOneof("data")
+        return {kind: type(getattr(metric, kind))(data_points=getattr(metric, kind).data_points)}
 
 
 class OtlpLogs(OtlpSignal):
