@@ -5996,7 +5996,7 @@ def installed(tmp_path_factory):
 
 def make(target, **variables):
     subprocess.run(["make", "-C", HERE, target, *(f"{name}={value}" for name, value in variables.items())], check=True,
-                   capture_output=True, timeout=DEADLINE)
+                   capture_output=True, timeout=4 * DEADLINE)
 
 
 class TestInstall:
