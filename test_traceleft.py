@@ -7674,6 +7674,11 @@ class TestProject:
         for block in code:
             compile(block, "README.md", "exec")
 
+    @pytest.mark.parametrize("arguments", [("events", "open"), ("explain", HERE / "spec" / "patterns.json")])
+    def test_the_readme_shows_what_is_printed(self, arguments):
+        shown = "".join(f"    {line}\n" for line in run(*arguments).stdout.splitlines())
+        assert shown and shown in (HERE / "README.md").read_text()
+
     def test_rules_in_the_readme_parse(self):
         readme = (HERE / "README.md").read_text()
         rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", readme, re.M)
