@@ -3126,6 +3126,16 @@ class TestSelectors:
             traceleft.plan_spec(spec, [traceleft.parse_selector("close")])
 
 
+class TestLibbpf:
+    def test_every_function_has_been_there_since_1_0(self):
+        """By the version that libbpf's own symbols carry: bpf_object__open_mem@@LIBBPF_0.0.1."""
+        library = subprocess.run("ldconfig -p | awk '/libbpf.so.1 /{print $NF; exit}'", shell=True, capture_output=True, text=True,
+                                 check=True).stdout.strip()
+        symbols = subprocess.run(["readelf", "-W", "--dyn-syms", library], capture_output=True, text=True, check=True).stdout
+        since = {name: tuple(map(int, version.split("."))) for name, version in re.findall(r"(\w+)@@LIBBPF_([\d.]+)", symbols)}
+        assert {name for name in traceleft.PROTOTYPES if since[name] > (1, 0, 0)} == set()
+
+
 class TestKernelSide:
     """The layouts that traceleft.py repeats, against the BTF of the object."""
 
