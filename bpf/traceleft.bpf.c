@@ -573,7 +573,8 @@ static __always_inline __u64 capture(struct record *record, const struct argumen
 		size = size > 0 ? size - 1 : 0;
 	} else {
 		size = wanted > BUFFER_SIZE ? BUFFER_SIZE : wanted;
-		*whole = !bpf_probe_read_user(&record->data[offset], (__u32)size & 0x1ff, address);
+		BOUND(size, 0x1ff);
+		*whole = !bpf_probe_read_user(&record->data[offset], size, address);
 		size = *whole ? size : 0;
 	}
 	record->used = offset + (__u32)size;
