@@ -9105,12 +9105,12 @@ class Trial(NamedTuple):
 
 
 TRIALS = (
-    Trial("syscall exit", "open", ("sys_exit",), "for open and most other events"),
-    Trial("syscall entry", "close", ("sys_enter", "sys_exit"), "for close, execve, execveat and exit"),
-    Trial("every syscall", "open", ("every_sys_exit",), "for specs that name most of a host's syscalls", see_all=True),
-    Trial("TCP connections", "connect_v4", ("tcp_state", "tcp_accept"),
+    Trial("syscall exit", "open", ("on_sys_exit",), "for open and most other events"),
+    Trial("syscall entry", "close", ("on_sys_enter", "on_sys_exit"), "for close, execve, execveat and exit"),
+    Trial("every syscall", "open", ("on_every_sys_exit",), "for specs that name most of a host's calls", see_all=True),
+    Trial("TCP connections", "connect_v4", ("on_tcp_state", "on_tcp_accept"),
           "for connect_v4, accept_v4, close_v4 and the same of _v6", connect_to_self),
-    Trial("processes", "open", ("sys_exit", "follow_fork", "forget_process"), "for selectors with PIDs, and --follow",
+    Trial("processes", "open", ("follow_fork", "forget_process"), "for selectors with PIDs, and --follow",
           follow=True),
 )
 
