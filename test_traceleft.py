@@ -6769,14 +6769,14 @@ class TestDoctor:
     def test_one_way_to_attach_that_is_missing(self, monkeypatch, capsys):
         trials = [trial._replace(programs=()) for trial in traceleft.TRIALS[:2]]
         monkeypatch.setattr(traceleft, "TRIALS", trials)
-        attach = traceleft.Tracer.attach_one
+        call = traceleft.Libbpf.call
 
-        def refuse_entries(self, attachment):
-            if attachment.program == "sys_enter":
-                raise OSError(95, "bpf_program__attach: Operation not supported")
-            return attach(self, attachment)
+        def refuse_entries(self, name, *arguments):
+            if name.startswith("bpf_program__attach") and b"sys_enter_close" in arguments:
+                raise OSError(95, f"{name}: Operation not supported")
+            return call(self, name, *arguments)
 
-        monkeypatch.setattr(traceleft.Tracer, "attach_one", refuse_entries)
+        monkeypatch.setattr(traceleft.Libbpf, "call", refuse_entries)
         assert traceleft.main(["doctor"]) == 3
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no")]
         assert len(lines) == 1
