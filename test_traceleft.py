@@ -4897,6 +4897,10 @@ class TestRecordings:
         done = self.replay(tmp_path / "rec", "--deliver", "--spec", write_spec(tmp_path / "spec", spec))
         assert (done.returncode, done.stdout, len((tmp_path / "log").read_text().splitlines())) == (0, "", 2)
 
+    def test_what_does_not_go_together(self, tmp_path):
+        assert_one_line(self.replay(tmp_path / "rec", "--deliver"), 2, "it needs --spec FILE")
+        assert_one_line(self.replay(tmp_path / "rec", "--speed", "0"), 2, "invalid factor above 0")
+
     def test_without_a_spec_events_are_printed(self, tmp_path):
         self.make(tmp_path / "rec", self.opens(2))
         recording = traceleft.Recording(str(tmp_path / "rec"))

@@ -9662,6 +9662,8 @@ class ReplayChannel(Channel):
 
 
 def command_replay(options: argparse.Namespace) -> int:
+    if options.deliver and options.spec is None:
+        raise UsageError("--deliver sends to a spec's channels: it needs --spec FILE")
     recording = Recording(options.recording, options.salvage)
     spec = load_spec(options.spec) if options.spec is not None else None
     check_summary(options.summary)
