@@ -6593,6 +6593,26 @@ class TestScreenInTerminal:
         tmux.wait("^total 7")
         assert tmux.modes == before
 
+    def test_ended_while_stopped(self, tmux):
+        """SIGTERM to a stopped process, which runs on only to end."""
+        before = tmux.modes
+        for stop in (lambda: tmux.keys("C-z"), lambda: os.kill(self.pid(tmux), signal.SIGSTOP)):
+            self.start(tmux)
+            stop()
+            tmux.wait("Stopped")
+            pid = self.pid(tmux)
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)
+            wait_until(lambda pid=pid: not os.path.exists(f"/proc/{pid}/fd/0"), "its end")
+            assert tmux.modes == before
+            tmux.type("wait; clear")
+
+    def test_a_terminal_that_goes_away(self, tmux):
+        self.start(tmux)
+        pid = self.pid(tmux)
+        tmux.run("respawn-pane", "-k", "sleep 30")
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}/fd/0"), "its end")
+
     def test_lines_where_it_is_no_screen(self, tmux, monkeypatch):
         """A terminal that cannot be painted on, and a background process."""
         tmux.type(f"TERM=dumb {self.COLLECT}")

@@ -8278,6 +8278,7 @@ class Terminal:
         self.saved: Optional[List[Any]] = None  # of termios; None: stdin is no terminal
         self.reads_keys = os.isatty(0)
         self.suspended = self.entered = False
+        self.stale = True    # the terminal may be as somebody else wants it
         self.size = (0, 0)  # of what was painted
 
     def __enter__(self) -> Terminal:
@@ -8305,7 +8306,7 @@ class Terminal:
         """The wake-up descriptor ends wait(); then everything is painted anew."""
 
     def resume(self, number: int, frame: object) -> None:
-        self.entered = False
+        self.stale = True
 
     def suspend(self, number: int, frame: object) -> None:
         self.suspended = True
@@ -8315,7 +8316,7 @@ class Terminal:
         self.say_line(message)
 
     def enter(self) -> None:
-        self.entered = True
+        self.entered, self.stale = True, False
         if self.reads_keys:
             self.saved = self.saved or termios.tcgetattr(0)
             mode = termios.tcgetattr(0)
@@ -8326,10 +8327,14 @@ class Terminal:
         self.write(ENTER_SCREEN)
 
     def leave(self) -> None:
+        if not self.entered:
+            return
+        self.entered = False
         with contextlib.suppress(OSError):  # the terminal is gone
             self.write(LEAVE_SCREEN)
-        if self.saved is not None:
-            with contextlib.suppress(termios.error):
+        with contextlib.suppress(OSError, termios.error):
+            # in the background it is the shell's by now, and would stop this process
+            if self.saved is not None and os.tcgetpgrp(0) == os.getpgrp():
                 termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
 
     def write(self, data: bytes) -> None:
@@ -8338,14 +8343,14 @@ class Terminal:
 
     def paint(self, lines: Sequence[Line]) -> None:
         """Writes over what is there, since clearing would flicker. Ends the run when there is no terminal any more."""
-        if not self.entered:
-            self.enter()
         size = len(lines), len(lines[0].text)
         cleared, self.size = "\x1b[2J" if size != self.size else "", size
         shown = "\r\n".join(f"{line.style}{line.text}\x1b[m" if line.style else line.text for line in lines)
         try:
+            if self.stale or not self.entered:
+                self.enter()
             self.write(f"{cleared}\x1b[H{shown}".encode(sys.stdout.encoding or "ascii", "replace"))
-        except OSError:
+        except (OSError, termios.error):
             self.stop.stopped = True
 
     def wait(self, seconds: float) -> List[bytes]:
@@ -8371,7 +8376,6 @@ class Terminal:
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)  # returns when the process is continued
         signal.signal(signal.SIGTSTP, handler)
-        self.entered = False
 
 
 def is_screen(output: TextIO) -> bool:
