@@ -6258,6 +6258,17 @@ class TestEstimate:
     def test_bytes(self, count, shown):
         assert traceleft.format_bytes(count) == shown
 
+    def run_during(self, dry_run, command):
+        """A dry run that is stopped when a command has come to its end."""
+        def work():
+            wait_until(lambda: dry_run.tracer.links, "it has attached")
+            subprocess.run(command, check=True)
+            stop.stopped = True
+        with traceleft.StopSignals() as stop, futures.ThreadPoolExecutor(1) as pool:
+            done = pool.submit(work)
+            dry_run.run(DEADLINE, stop)
+            done.result(DEADLINE)
+
     @live[0]
     @live[1]
     def test_of_a_live_host(self, programs, tmp_path, generated):
@@ -6272,22 +6283,8 @@ class TestEstimate:
                               ("over grpc", f"filename == '{path}'", "", {"channel": "2", "output": {"metrics": "alerts_per_sec", "format": "collector_spec_pb"}}),
                               ("as otlp", f"filename == '{path}'", "", {"channel": "3", "output": {"metrics": "alerts_per_sec", "format": "otlp"}}))]
         estimate = traceleft.Estimate(parse_spec(spec))
-
-        def load():
-            wait_until(lambda: estimate.counting.tracer.links, "it has attached")
-            subprocess.run([programs["opens"], path, str(n)], check=True)
-            wait_until(lambda: estimate.counting.seconds or not thread_runs, "the counts are through")
-            while not estimate.timing.times and thread_runs:
-                subprocess.run([programs["opens"], path, "1000"], check=True)
-
-        thread_runs, thread = [1], threading.Thread(target=load)
-        thread.start()
-        try:
-            with traceleft.StopSignals() as stop:
-                estimate.run(2.0, stop)
-        finally:
-            thread_runs.clear()
-            thread.join(DEADLINE)
+        self.run_during(estimate.counting, [programs["opens"], path, str(n)])
+        self.run_during(estimate.timing, [programs["opens"], path, "1000"])
         found = {row.spec.id: row for row in estimate.filters()}
         assert {name: row.account.matched for name, row in found.items()} == {**dict.fromkeys(found, n), "none": 0}
         assert found["kernel"].account.passed == n // 100 and found["kernel"].events >= n
