@@ -6035,18 +6035,21 @@ class TestInstall:
         unit = (installed / "usr/lib/systemd/system/traceleft.service").read_text()
         assert "ExecStart=/usr/bin/traceleft trace --spec /etc/traceleft/spec.json" in unit
 
-    def test_uninstall_leaves_nothing_but_an_edited_spec(self, tmp_path):
+    def test_elsewhere_and_beside_an_edited_spec(self, tmp_path):
+        spec = tmp_path / "opt/etc/traceleft/spec.json"
+        spec.parent.mkdir(parents=True)
+        write_spec(spec, a_spec())
         options = {"DESTDIR": tmp_path, "PREFIX": "/opt/x", "SYSCONFDIR": "/opt/etc"}
         make("install", **options)
         assert "ExecStart=/opt/x/bin/traceleft trace --spec /opt/etc/traceleft/spec.json" in (
             tmp_path / "opt/x/lib/systemd/system/traceleft.service").read_text()
         make("uninstall", **options)
+        assert self.files(tmp_path) == {"opt/etc/traceleft/spec.json"} and json.loads(spec.read_text()) == a_spec()
+
+    def test_uninstall_leaves_nothing(self, installed, tmp_path):
+        shutil.copytree(installed, tmp_path / "copy")
+        make("uninstall", DESTDIR=tmp_path / "copy", PREFIX="/usr")
         assert self.files(tmp_path) == set()
-        (tmp_path / "opt/etc/traceleft").mkdir()
-        edited = write_spec(tmp_path / "opt/etc/traceleft/spec.json", a_spec())
-        make("install", **options)
-        make("uninstall", **options)
-        assert self.files(tmp_path) == {"opt/etc/traceleft/spec.json"} and json.loads(edited.read_text()) == a_spec()
 
     def test_the_unit_is_valid_and_hardened(self, installed, tmp_path):
         unit = (installed / "usr/lib/systemd/system/traceleft.service").read_text()
