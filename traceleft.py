@@ -9263,6 +9263,9 @@ def command_trace(options: argparse.Namespace) -> int:
     if options.spec is None and not options.selectors:
         raise UsageError("trace needs --spec FILE or a selector, as in: traceleft.py trace open,close")
     chosen = [parse_selector(text) for text in options.selectors]
+    if options.follow and not any(any(selector.pids) for selector in chosen):
+        raise UsageError("--follow adds the children of selected processes, and no selector names any, as in: "
+                         "traceleft.py trace --follow 1234:open")
     spec = load_spec(options.spec) if options.spec is not None else None
     plan = plan_spec(spec, chosen) if spec else plan_selectors(chosen)
     for warning in spec.warnings if spec else ():
