@@ -127,7 +127,7 @@ amd64) qemu=(qemu-system-x86_64 -machine q35 -cpu max) console=ttyS0 ;;
 arm64) qemu=(qemu-system-aarch64 -machine virt -cpu "max,pauth-impdef=on") console=ttyAMA0 ;;
 *) say "unknown architecture $arch"; exit 2 ;;
 esac
-timeout "${TMO:-600}" "${qemu[@]}" -accel tcg -smp "${CPUS:-2}" -m "${MEM:-512M}" -nodefaults -no-user-config -display none \
+timeout "${TMO:-900}" "${qemu[@]}" -accel tcg -smp "${CPUS:-2}" -m "${MEM:-512M}" -nodefaults -no-user-config -display none \
 	-serial "file:$work/console" -no-reboot -kernel "$image/vmlinuz" -initrd "$work/initrd" \
 	-append "console=$console panic=-1 quiet lsm=capability,yama,bpf $*" || say "qemu ended with status $?"
 tr -d '\r' <"$work/console"
