@@ -35,7 +35,7 @@ test: $(VENV)/ok install-test lint bpf-check ## run every test, live ones includ
 	$(Q)TRACELEFT_LIVE=1 $(PYTHON) -m pytest -q test_traceleft.py $(TEST_OPTIONS)
 
 soak: $(VENV)/ok install-test ## the long forms of the fault tests, with figures (about 40 minutes)
-	$(Q)TRACELEFT_SOAK=1 TRACELEFT_LIVE=1 $(PYTHON) -m pytest -q -s test_traceleft.py -k TestFaults $(SOAK_OPTIONS)
+	$(Q)TRACELEFT_SOAK=1 TRACELEFT_LIVE=1 $(PYTHON) -m pytest -q -s test_traceleft.py -k 'TestFaults or TestReload and loop' $(SOAK_OPTIONS)
 
 lint: $(VENV)/ok ## ruff, and mypy --strict on traceleft.py
 	$(Q)$(VENV)/bin/ruff check .

@@ -3391,9 +3391,9 @@ class TestReload:
     def test_in_a_loop_under_load(self, programs, tmp_path):
         """Two processes open as fast as they can. Each event is counted once: by filters that stay, with sigma's progress,
         by those that change, in which the parts add up, and by those that need Python."""
-        n = 60_000
+        n = length(60_000, 1_500_000)
         kept = [self.a_filter(tmp_path, "kept", "frequency=7"), self.a_filter(tmp_path, "by", "frequency=3;by=pid,comm"),
-                self.a_filter(tmp_path, "python", "frequency=5", f"glob(filename, '{tmp_path}/?') and ret >= 0")]
+                self.a_filter(tmp_path, "python", "frequency=5", f"glob(filename, '{tmp_path}/?') and ret >= 0")][:length(3, 2)]  # at full rate Python cannot keep up
         variants = [[*kept, self.a_filter(tmp_path, "changed", "frequency=2")],
                     [self.a_filter(tmp_path, "changed", "frequency=3"), *reversed(kept),
                      self.a_filter(tmp_path, "more", name="close", rule="fd == -1")],
@@ -3408,11 +3408,13 @@ class TestReload:
                 self.reload(agent)
             assert [flood.wait(DEADLINE) for flood in floods] == [0, 0]
             code, output = agent.stop()
+        figures(reloads=reloads, opens=2 * n, rows=output)
         assert code == 0, agent.stderr
         rows = {row["id"]: row for row in json.loads(output)["filters"]}
-        assert {name: rows[name]["matched"] for name in ("kept", "by", "python", "changed")} == dict.fromkeys(
-            ("kept", "by", "python", "changed"), 2 * n)
-        assert (rows["kept"]["passed"], rows["by"]["passed"], rows["python"]["passed"]) == (2 * n // 7, 2 * (n // 3), 2 * n // 5)
+        names = {member["id"] for member in kept} | {"changed"}
+        assert {name: rows[name]["matched"] for name in names} == dict.fromkeys(names, 2 * n)
+        assert (rows["kept"]["passed"], rows["by"]["passed"]) == (2 * n // 7, 2 * (n // 3))
+        assert SOAK or rows["python"]["passed"] == 2 * n // 5
         assert all(row["lost"] == {} for row in rows.values())
         assert self.counts(tmp_path) == {name: row["passed"] for name, row in rows.items() if row["passed"]}
 

@@ -6602,9 +6602,11 @@ class Tracer:
     def misses_of(self, fd: int, name: str) -> int:
         return self.program_info(fd, PROG_INFO_RECURSION_MISSES, "=Q") if name != "uring_submit" else 0
 
-    def verified_instructions(self, name: str = "on_sys_exit") -> int:
-        """Instructions that the verifier walked through for a program; its limit is 1,000,000. From Linux 5.16 on."""
-        return self.program_info(self.bpf.call("bpf_program__fd", self.program(name)), PROG_INFO_VERIFIED_INSNS, "=I")
+    def verified_instructions(self, name: str = "sys_exit") -> int:
+        """Instructions that the verifier walked through for a program, or for that behind a gate; its limit is
+        1,000,000. From Linux 5.16 on."""
+        program = self.program(f"on_{name}" if name in GATES else name)
+        return self.program_info(self.bpf.call("bpf_program__fd", program), PROG_INFO_VERIFIED_INSNS, "=I")
 
     def unseen(self) -> Dict[str, Dict[str, int]]:
         """Event type -> cause -> streamed events that no filter has seen."""
@@ -10032,7 +10034,7 @@ def build_parser() -> Parser:
     trace.add_argument("--collector-insecure", action="store_true", help="grpc channels without TLS")
     trace.add_argument("--follow", action="store_true", help="children of the selected processes too")
     trace.add_argument("--summary", metavar="FILE", help="write the accounting as JSON at the end; - is stdout")
-    trace.add_argument("--user", metavar="NAME", help="run as this user, with the capabilities that it takes")
+    trace.add_argument("--user", metavar="NAME", help="run as this user, with only the capabilities that it takes")
     trace.add_argument("--ring-size", type=parse_ring_size, metavar="BYTES",
                        help=f"ring buffer, a power of two (default {STREAM_RING_BYTES} where events are printed or a "
                             f"rule needs Python; for samples at most {SAMPLE_RING_BYTES})")
