@@ -3044,6 +3044,19 @@ class TestTwoEngines:
         assert type(self).outputs_compared >= 5_000  # events, each in a kind
         assert type(self).kernel_filters >= 500
 
+    def test_more_bounds_than_a_search_finds_are_pythons(self):
+        """What would not be found in a fixed number of steps is not put where it would be searched for."""
+        rules = [f"offset in ({', '.join(str(2 * i + n * 20_000) for i in range(7_000))})" for n in range(6)]
+        spec = a_spec()
+        spec["events"] = [{**spec["events"][0], "name": "lseek", "rule": rule} for rule in rules]
+        parsed = parse_spec(spec)
+        tables = traceleft.Tables(parsed.filters)
+        assert [bool(placement.reasons) for placement in tables.placements] == [False] * 4 + [True] * 2
+        assert max(traceleft.DIMENSION.unpack_from(matcher, traceleft.MATCHER.size)[6] for matcher in tables.matchers.values()
+                   ) <= traceleft.MAX_BOUNDS
+        events = [make_event("lseek", 3, offset, 0) for n in range(6) for offset in (n * 20_000, 13_998 + n * 20_000, 7_001 + n * 20_000)]
+        self.compare(parsed, events, [])
+
     @pytest.mark.parametrize("rules", [
         [f"filename == '/data/{i}'" for i in range(1024)],
         [f"uid == {i}" for i in range(500)] + [f"startswith(filename, '/data/{i}')" for i in range(500)],
@@ -3160,9 +3173,10 @@ class TestKernelSide:
 
     @pytest.mark.parametrize("name, packed, fields", [
         ("argument", traceleft.ARGUMENT, "kind:B reg:B bits:B reserved:5x value:Q"),
+        ("process", traceleft.PROCESS, "class:I reserved:4x from:Q to:Q"),
         ("class_event", traceleft.CLASS_EVENT, "program_id:Q wanted:I reserved:I"),
         ("syscall_rows", traceleft.SYSCALL_ROWS, "first:H count:H"),
-        ("run", traceleft.RUN, "tick:I generation:I missed_calls:Q missed_owners:Q missed_children:Q uring:Q"),
+        ("run", traceleft.RUN, "tick:I generation:I closed:I reserved:4x missed_calls:Q missed_owners:Q missed_children:Q uring:Q"),
         ("dimension", traceleft.DIMENSION, "kind:B field:B length:H id:I vector:I first:I count:I reserved:I and_mask:Q xor_mask:Q"),
         ("text", traceleft.TEXT, "hash:Q dimension:I length:I vector:I literal:I used:I reserved:4x"),
         ("filter", traceleft.FILTER, "frequency:Q threshold:Q flags:I max_groups:I fields:I by_count:I processing:I "
@@ -4586,6 +4600,62 @@ class TestProcesses:
         for process in processes:
             assert process.wait(DEADLINE) == 0
 
+    REUSE = """
+#define _GNU_SOURCE
+#include <linux/sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+int main(void)
+{
+	struct clone_args arguments = { .exit_signal = SIGCHLD, .set_tid_size = 1 };
+	int ends[2];
+	char byte;
+	pid_t first, second;
+
+	pipe(ends);
+	first = fork();
+	if (!first) {
+		read(ends[0], &byte, 1);
+		for (int i = 0; i < 10; i++)
+			syscall(SYS_getppid);
+		_exit(0);
+	}
+	printf("%d\\n", first);
+	fflush(stdout);
+	read(0, &byte, 1);
+	write(ends[1], "x", 1);
+	waitpid(first, 0, 0);
+	arguments.set_tid = (uintptr_t)&first;
+	second = syscall(SYS_clone3, &arguments, sizeof(arguments));
+	if (!second) {
+		for (int i = 0; i < 100000; i++)
+			syscall(SYS_getppid);
+		_exit(0);
+	}
+	waitpid(second, 0, 0);
+	return second != first;
+}
+"""
+
+    @pytest.mark.parametrize("parent_too, count", [(False, 10), (True, 100_010)], ids=["a stranger's", "a followed child's"])
+    def test_a_number_that_another_process_gets_at_once(self, tmp_path, parent_too, count):
+        (tmp_path / "reuse.c").write_text(self.REUSE)
+        subprocess.run(["gcc", "-O2", "-w", "-o", tmp_path / "reuse", tmp_path / "reuse.c"], check=True)
+        spec = write_spec(tmp_path / "spec", a_spec(name="getppid", channel={"id": "1", "type": "file", "path": str(tmp_path / "log")}))
+        with subprocess.Popen([tmp_path / "reuse"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            first = process.stdout.readline().strip()
+            chosen = f"{process.pid},{first}" if parent_too else first
+            with Agent("trace", "--follow", "--spec", spec, f"{chosen}:getppid", "--summary", "-") as agent:
+                process.communicate("x", DEADLINE)
+                code, output = agent.stop()
+        assert (process.returncode, code) == (0, 0)
+        assert json.loads(output)["filters"][0]["matched"] == count
+
     def test_different_events_of_different_processes(self, tmp_path):
         """Several selectors on one line: each process is traced for its own events, as its own program."""
         script = f"cd {tmp_path}; umask 022; : > f; exec mkdir $$"
@@ -4680,6 +4750,49 @@ threading.Event().wait()
 
 class TestEverySyscall:
     pytestmark = live
+
+    COLD = """
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void child(const char *name)
+{
+	char *arguments[] = { "not", "touched yet", 0 };
+
+	if (!fork()) {
+		execve(name, arguments, 0);
+		_exit(1);
+	}
+	wait(0);
+}
+
+int main(void)
+{
+	char byte;
+
+	read(0, &byte, 1);
+	for (int i = 0; i < 5; i++) {
+		child("/bin/true");
+		child("/nowhere/at all");
+	}
+	return 0;
+}
+"""
+
+    def test_a_program_whose_name_is_in_no_page_yet(self, tmp_path):
+        """The names are in pages of the file that nothing has read when the calls begin."""
+        (tmp_path / "cold.c").write_text(self.COLD)
+        subprocess.run(["gcc", "-O2", "-w", "-o", tmp_path / "cold", tmp_path / "cold.c"], check=True)
+        with self.waiting(tmp_path / "cold") as process, Agent("trace", "--follow", f"{process.pid}:execve") as agent:
+            process.stdin.close()
+            process.wait(DEADLINE)
+            code, output = agent.stop()
+        lines = [re.sub(r" Envp .*", "", line[line.index("return"):]) for line in output.splitlines()]
+        lines = [re.sub(r" hash \d+", "", line) for line in lines]
+        assert code == 0
+        assert collections.Counter(lines) == {
+            'return value 0 Filename "/bin/true" Argv "not touched yet"': 5,
+            'return value -2 Filename "/nowhere/at all" Argv "not touched yet"': 5}
 
     EXECUTES = """
 import ctypes, os, sys

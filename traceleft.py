@@ -81,8 +81,8 @@ import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import (Any, Callable, ClassVar, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+from typing import (Any, Callable, ClassVar, Counter, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 try:
     from _blake2 import blake2b  # hashlib has the same, but loads OpenSSL with it: 3 MB
@@ -2685,6 +2685,7 @@ DIMENSION_INTEGER, DIMENSION_WHOLE, DIMENSION_PREFIX, DIMENSION_SUFFIX = range(4
 FILTER_STREAM, FILTER_GENERAL = 1, 2
 MAX_DIMENSIONS = 32
 MAX_WORDS = 17                # MAX_FILTERS rows, and room for the stream of those that Python evaluates
+MAX_BOUNDS = 1 << 16  # in one dimension: 1 << MAX_BOUNDS_LOG2 in bpf/traceleft.h
 MAX_ROWS = 64 * MAX_WORDS     # of all filters of one event type
 MAX_FILTER_ROWS = 64          # of one filter: a rule that needs more is left to Python
 MAX_TEXT = 4096               # bytes of a text that the kernel side captures: PATH_MAX
@@ -3063,15 +3064,18 @@ class Tables:
         rows: List[Row] = []
         streamed: List[Row] = EVERYTHING if whole else []
         dimensions: Set[Dimension] = set()
+        bounds: Counter[Dimension] = collections.Counter()
         first_row, fields = len(self.rows), 0
         for member in members:
             compiled = rule_rows(member.rule)
             used = dimensions.union(*compiled.rows)
             reasons = compiled.reasons + derived_groups(member) + self.output_reasons(member)
-            if len(rows) + len(streamed) + len(compiled.rows) >= MAX_ROWS or len(used) > MAX_DIMENSIONS:
+            more_bounds = bounds + count_bounds(compiled.rows)
+            if (len(rows) + len(streamed) + len(compiled.rows) >= MAX_ROWS or len(used) > MAX_DIMENSIONS
+                    or max(more_bounds.values(), default=0) > MAX_BOUNDS):
                 compiled, reasons = Rows(EVERYTHING), ("this event type's tables, which are full",)
             else:
-                dimensions = used
+                dimensions, bounds = used, more_bounds
             self.placements.append(Placement(member, compiled, reasons))
             if reasons:
                 streamed = unite([*streamed, *compiled.rows])
@@ -3234,6 +3238,15 @@ class Tables:
                            any(read.is_signed for read in output.fields), bytes(number for number, _ in shown),
                            bytes(is_text for _, is_text in shown), bytes(number for number, _ in by),
                            bytes(is_text for _, is_text in by))
+
+
+def count_bounds(rows: Iterable[Row]) -> Counter[Dimension]:
+    """How many bounds the rows bring to each dimension of integers, at the most."""
+    counts: Counter[Dimension] = collections.Counter()
+    for dimension, constraint in itertools.chain.from_iterable(row.items() for row in rows):
+        if isinstance(constraint, Ranges):
+            counts[dimension] += 2 * len(constraint.ranges)
+    return counts
 
 
 def derived_groups(member: Filter) -> Tuple[str, ...]:
@@ -5626,13 +5639,14 @@ DRAIN_TIMEOUT = 1.0            # seconds for programs that were running at the t
 ARGUMENT = struct.Struct("=BBB5xQ")
 SOURCE = struct.Struct("=HBBBBB2sB2xIQ")
 CLASS_EVENT = struct.Struct("=QII")
+PROCESS = struct.Struct("=I4xQQ")
 SYSCALL_ROWS = struct.Struct("=HH")
 FILTER_COUNTS = struct.Struct("=QQQQQ24x")
 FILTER_STATE = struct.Struct("=16sII40x")
 GROUP_KEY_SIZE = GROUP_SIZE = 16
 MATCHER_SIZE = MATCHER.size + MAX_DIMENSIONS * DIMENSION.size
 SETTINGS = struct.Struct("=IIQQIIII")
-RUN = struct.Struct("=IIQQQQ")
+RUN = struct.Struct("=III4xQQQQ")
 BPF_MAP_TYPE_HASH = 1  # include/uapi/linux/bpf.h
 SYS_MEMBARRIER, MEMBARRIER_CMD_GLOBAL = {"x86_64": 324, "aarch64": 283}, 1  # include/uapi/linux/membarrier.h
 RECORD_TAG = struct.Struct("=II")  # filter and tick in struct event_header
@@ -6273,7 +6287,8 @@ class Tracer:
             number = self.classes[wanted] = len(self.classes)
             self.update("classes", ((struct.pack("=I", number * self.event_types + EVENT_IDS[name]),
                                      CLASS_EVENT.pack(program_id, 1, 0)) for name, program_id in wanted))
-        self.update("processes", [(struct.pack("=I", pid), struct.pack("=I", self.classes[wanted]))])
+        now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # what begins later is another process of that number
+        self.update("processes", [(struct.pack("=I", pid), PROCESS.pack(self.classes[wanted], 0, now_ns))])
 
     def add_process(self, pid: int, program_id: int = 0, events: Optional[Iterable[str]] = None) -> None:
         """Traces one more process, for `events`, or for all that this tracer listens to.
@@ -6315,10 +6330,16 @@ class Tracer:
     def attach(self) -> None:
         """Attaches to all that the plan needs. Raises HostError; what was attached by then is detached by close()."""
         self.set_clock()
+        self.shut(True)
         for attachment in self.attached:
             self.attach_one(attachment)
         if any(attachment.program == "tcp_state" for attachment in self.attached):
             self.find_owners()
+        self.shut(False)
+
+    def shut(self, closed: bool) -> None:
+        """Lets no event through, so that all attachments begin at one moment, and end at one."""
+        struct.pack_into("=I", self.run, 8, closed)
 
     def attach_one(self, attachment: Attachment) -> None:
         program = self.program(attachment.program)
@@ -6556,7 +6577,7 @@ class Tracer:
 
     def missed(self) -> Dict[str, int]:
         """What the kernel side could not follow, by cause; it stays readable after detach()."""
-        _, _, calls, owners, children, _ = RUN.unpack_from(self.run)
+        _, _, _, calls, owners, children, _ = RUN.unpack_from(self.run)
         found = {"missed_calls": calls, "missed_owners": owners, "missed_children": children,
                  "recursion_misses": self.recursion_misses()}
         return {cause: count for cause, count in found.items() if count}
@@ -6669,6 +6690,8 @@ class Tracer:
 
     def detach(self) -> None:
         """Stops tracing; what is in the ring can still be read."""
+        if self.run is not None and self.links:
+            self.shut(True)
         with contextlib.suppress(KeyError):  # and not `while self.links`: another thread may be at it too
             while True:
                 link, _ = self.links.popitem()[1]  # before self.bpf is looked at, which there may not be yet

@@ -118,7 +118,7 @@ TABLE(filters, 1, struct filter);
 /* Shared by the generations: what has been counted, and what the programs remember. */
 TABLE(filter_states, 1, struct filter_state);
 TABLE(filter_counts, 1, struct filter_counts); /* filter * CPUs + CPU */
-MAP(processes, HASH, MAX_PROCESSES, __u32, __u32); /* pid -> class */
+MAP(processes, HASH, MAX_PROCESSES, __u32, struct process); /* by pid */
 MAP(classes, ARRAY, 1, __u32, struct class_event); /* class * event_types + event */
 MAP(pending, HASH, 1, __u64, struct saved);        /* task -> its call */
 MAP(pending_long, HASH, 1, __u64, struct saved_long);
@@ -621,6 +621,7 @@ __noinline __u64 capture_argv(struct record *record, __u32 index, __u64 array)
 }
 
 #define ALL_ARGUMENTS ((1U << MAX_SLOTS) - 1)
+#define INCOMPLETE_ARGUMENTS ((EVENT_INCOMPLETE << MAX_ARGS) - EVENT_INCOMPLETE) /* the same bits as the arguments */
 
 static __always_inline void fetch_argument(struct record *record, const struct source *source, __u32 i)
 {
@@ -1347,18 +1348,25 @@ static __always_inline void deliver(struct record *record, const struct source *
  * Programs for syscalls
  */
 
-static __always_inline bool wanted_process(const struct source *source, __u32 pid, __u64 *program_id)
+/* Whether the entry is of the process that began then, and not of another that had, or has got, its number. */
+static __always_inline bool is_process(const struct process *process, __u64 started)
+{
+	return process->from <= started && started <= process->to;
+}
+
+static __always_inline bool wanted_process(const struct source *source, __u32 pid, __u64 started, __u64 *program_id)
 {
 	struct class_event *wanted;
-	__u32 *class, place;
+	struct process *process;
+	__u32 place;
 
 	if (pid == own_pid)
 		return false;
 	*program_id = source->program_id;
 	if (source->flags & SOURCE_BY_PROCESS) {
-		class = bpf_map_lookup_elem(&processes, &pid);
-		if (class) {
-			place = *class * event_types + source->event;
+		process = bpf_map_lookup_elem(&processes, &pid);
+		if (process && is_process(process, started ? started : current_task()->group_leader->start_boottime)) {
+			place = process->class * event_types + source->event;
 			wanted = bpf_map_lookup_elem(&classes, &place);
 			if (wanted && wanted->wanted) {
 				*program_id = wanted->program_id;
@@ -1411,9 +1419,9 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 	struct source *source = bpf_map_lookup_elem(&sources, &row);
 	struct matcher *matcher;
 	__u64 program_id, key;
-	__u32 event;
+	__u32 event, again;
 
-	if (!source || !wanted_process(source, pid, &program_id))
+	if (!source || !wanted_process(source, pid, 0, &program_id))
 		return 0;
 	if (at_entry ? !(source->flags & (SOURCE_AT_ENTRY | SOURCE_NO_RETURN)) : source->flags & SOURCE_NO_RETURN)
 		return 0;
@@ -1425,8 +1433,15 @@ static __always_inline int syscall(struct record *record, __u32 row, __u32 pid, 
 		if (!resume_call(record, pid) || record->event != event)
 			return 0; /* it began before we did, or has begun a program */
 		record->values[FIELD_RET] = ret;
-		if (source->path_kind == PATH_EXE)
+		if (source->path_kind == PATH_EXE) {
 			record->done &= ~(1U << FIELD_PATH);
+			again = record->flags & INCOMPLETE_ARGUMENTS;
+			if (again) { /* what was not resident by then, the kernel has read since */
+				record->flags &= ~again;
+				record->done &= ~again;
+				fetch(record, source, again);
+			}
+		}
 		deliver(record, source, matcher);
 		return 0;
 	}
@@ -1514,11 +1529,61 @@ int on_sys_enter(struct sys_exit_context *context)
 	return syscall_tracepoint(context, 0, true);
 }
 
+/* What was not resident when the call began, from what the kernel has copied for the new program. */
+__noinline int complete_program(struct record *record, const struct source *source, __u64 filename)
+{
+	struct task_struct *task = current_task();
+	__u32 index, begin, at;
+	__u64 start, end;
+	__s64 size;
+
+	if (!record || !source)
+		return 0;
+	index = source->path_argument;
+	if (index < MAX_ARGS && record->flags & EVENT_INCOMPLETE << (index & 7) && record->used <= DATA_SIZE - STRING_SIZE) {
+		begin = record->used;
+		size = bpf_probe_read_kernel_str(&record->data[begin & TEXT_MASK & 8191], STRING_SIZE, (void *)filename);
+		if (size > 0 && size < STRING_SIZE) {
+			record->values[index & 7] = (__u32)(size - 1) | (__u64)begin << 32;
+			record->used = begin + (__u32)size - 1;
+			record->flags &= ~(EVENT_INCOMPLETE << (index & 7));
+		}
+	}
+	for (index = 0; index < MAX_ARGS; index++)
+		if (source->arguments[index].kind == KIND_ARGV && record->flags & EVENT_INCOMPLETE << index)
+			break;
+	if (index >= MAX_ARGS || record->used > DATA_SIZE - STRING_SIZE)
+		return 0;
+	start = BPF_CORE_READ(task, mm, arg_start);
+	end = BPF_CORE_READ(task, mm, arg_end);
+	begin = at = record->used;
+	for (int i = 0; i < MAX_ARGV && start < end && at < begin + PATH_SIZE; i++) {
+		if (at > TEXT_SIZE - STRING_SIZE)
+			break;
+		size = bpf_probe_read_user_str(&record->data[at], STRING_SIZE, (void *)start);
+		if (size <= 0)
+			break;
+		start += size;
+		at += size;
+		record->data[(at - 1) & TEXT_MASK] = ' ';
+	}
+	if (at > begin)
+		at--;
+	if (at > begin + PATH_SIZE)
+		at = begin + PATH_SIZE;
+	else if (start >= end)
+		record->flags &= ~(EVENT_INCOMPLETE << (index & 7));
+	record->used = at;
+	record->values[index & 7] = (at - begin) | (__u64)begin << 32;
+	return 0;
+}
+
 /* A new program runs. The exit of its call does not tell: on x86 that of execveat is called execve, and that of a call
  * which begins a 32-bit program is one of the 32-bit table (set_personality_64bit() and its like). */
 SEC("tp_btf/sched_process_exec")
-int on_new_program(void *context __attribute__((unused)))
+int on_new_program(__u64 *context)
 {
+	struct linux_binprm *bprm = (void *)context[2];
 	__u32 pid = bpf_get_current_pid_tgid() >> 32, *row, index, event;
 	struct record *record = own_record(0);
 	struct matcher *matcher;
@@ -1539,6 +1604,8 @@ int on_new_program(void *context __attribute__((unused)))
 		return 0;
 	record->values[FIELD_RET] = 0;
 	record->done &= ~(1U << FIELD_PATH);
+	if (record->flags & INCOMPLETE_ARGUMENTS)
+		complete_program(record, source, (__u64)BPF_CORE_READ(bprm, filename));
 	deliver(record, source, matcher);
 	return 0;
 }
@@ -1613,6 +1680,7 @@ static __always_inline void fill_owner(struct owner *owner, struct task_struct *
 	owner->pidns = pid_namespace(task);
 	owner->in_container = BPF_CORE_READ(task, thread_pid, level) > 0;
 	owner->established = 0;
+	owner->started = BPF_CORE_READ(task, group_leader, start_boottime);
 	bpf_core_read(&owner->comm, sizeof(owner->comm), &task->comm);
 	exe = BPF_CORE_READ(task, mm, exe_file);
 	owner->exe_dentry = (__u64)BPF_CORE_READ(exe, f_path.dentry);
@@ -1718,7 +1786,7 @@ __noinline int tcp_event(struct record *record, __u64 sock, __u32 kind, __u64 re
 		return 0;
 	index = *row - 1;
 	source = bpf_map_lookup_elem(&sources, &index);
-	if (!source || !wanted_process(source, owner->pid, &program_id))
+	if (!source || !wanted_process(source, owner->pid, owner->started, &program_id))
 		return 0;
 	event = source->event;
 	matcher = bpf_map_lookup_elem(&matchers, &event);
@@ -1874,6 +1942,8 @@ int tcp_owners(struct bpf_iter__task_file *context)
 
 #define GATE(context, programs, kind)                                                                                  \
 	do {                                                                                                           \
+		if (run.closed)                                                                                        \
+			return 0;                                                                                      \
 		if (run.generation & 1)                                                                                \
 			bpf_tail_call_static(context, &programs, 2 * (kind) + 1);                                      \
 		else                                                                                                   \
@@ -1943,25 +2013,29 @@ SEC("tp_btf/sched_process_fork")
 int follow_fork(__u64 *context)
 {
 	struct task_struct *parent = (void *)context[0], *child = (void *)context[1];
-	__u32 from = BPF_CORE_READ(parent, tgid), to = BPF_CORE_READ(child, tgid), class, *known;
+	__u32 from = BPF_CORE_READ(parent, tgid), to = BPF_CORE_READ(child, tgid);
+	struct process *known, process = {};
 
 	known = bpf_map_lookup_elem(&processes, &from);
-	if (!known || from == to) /* a thread */
+	if (!known || from == to /* a thread */ || !is_process(known, BPF_CORE_READ(parent, group_leader, start_boottime)))
 		return 0;
-	class = *known;
-	if (bpf_map_update_elem(&processes, &to, &class, BPF_ANY))
+	process.class = known->class;
+	process.from = process.to = BPF_CORE_READ(child, start_boottime);
+	if (bpf_map_update_elem(&processes, &to, &process, BPF_ANY))
 		__sync_fetch_and_add(&run.missed_children, 1);
 	return 0;
 }
 
-/* A process that is gone is no longer traced: its number will be another's. Its last files are closed by now. */
+/* A process that is gone is no longer traced: its number will be another's, or is already, since this comes late. Its last
+ * files are closed by now. */
 SEC("tp_btf/sched_process_free")
 int forget_process(__u64 *context)
 {
 	struct task_struct *task = (void *)context[0];
 	__u32 pid = BPF_CORE_READ(task, pid);
+	struct process *known = bpf_map_lookup_elem(&processes, &pid);
 
-	if (pid == (__u32)BPF_CORE_READ(task, tgid))
+	if (known && pid == (__u32)BPF_CORE_READ(task, tgid) && is_process(known, BPF_CORE_READ(task, start_boottime)))
 		bpf_map_delete_elem(&processes, &pid);
 	return 0;
 }

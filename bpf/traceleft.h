@@ -107,6 +107,13 @@ struct syscall_rows {
 	__u16 count;
 };
 
+/* A process that is traced, as those of its class are: it began in these nanoseconds of CLOCK_BOOTTIME. */
+struct process {
+	__u32 class;
+	__u32 reserved;
+	__u64 from, to;
+};
+
 /* What a class of processes is traced for. */
 struct class_event {
 	__u64 program_id;
@@ -282,6 +289,7 @@ struct owner {
 	__u64 exe_inode; /* by which the dentry is known to be the same still */
 	__u64 root_dentry, root_vfsmount;
 	__u64 cgroup, cgroup_id; /* struct kernfs_node, and its id for the same purpose */
+	__u64 started; /* when the process began, in nanoseconds of CLOCK_BOOTTIME */
 	__u32 pid, tid, ppid, uid, gid, euid, mntns, pidns;
 	__u32 in_container;
 	__u32 established; /* has been reported as connected or accepted */
@@ -292,6 +300,8 @@ struct owner {
 struct run {
 	__u32 tick;       /* set each second: a filter takes one sample in each */
 	__u32 generation; /* of the tables, which a new spec brings: its lowest bit says which programs see an event */
+	__u32 closed;     /* not all is attached yet, or any more: no event is seen */
+	__u32 reserved;
 	__u64 missed_calls;    /* not seen because `pending` was full */
 	__u64 missed_owners;   /* connections without an owner because `sockets` was full */
 	__u64 missed_children; /* not followed because `processes` was full */

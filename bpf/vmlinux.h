@@ -127,6 +127,11 @@ struct files_struct {
 
 struct mm_struct {
 	struct file *exe_file;
+	unsigned long arg_start, arg_end;
+};
+
+struct linux_binprm {
+	const char *filename;
 };
 
 struct mnt_namespace {
@@ -196,6 +201,8 @@ struct task_struct {
 	__s32 tgid;
 	unsigned int flags;
 	struct task_struct *real_parent;
+	struct task_struct *group_leader;
+	__u64 start_boottime;
 	const struct cred *cred;
 	struct pid *thread_pid;
 	struct mm_struct *mm;
