@@ -1560,7 +1560,10 @@ __noinline int complete_program(struct record *record, const struct source *sour
 	for (int i = 0; i < MAX_ARGV && start < end && at < begin + PATH_SIZE; i++) {
 		if (at > TEXT_SIZE - STRING_SIZE)
 			break;
-		size = bpf_probe_read_user_str(&record->data[at], STRING_SIZE, (void *)start);
+		__u64 place = at; /* below DATA_SIZE + PATH_SIZE */
+
+		BOUND(place, 16383);
+		size = bpf_probe_read_user_str(&record->data[place], STRING_SIZE, (void *)start);
 		if (size <= 0)
 			break;
 		start += size;
