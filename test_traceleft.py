@@ -4701,7 +4701,7 @@ threading.Event().wait()
         try:
             with traceleft.Tracer(f"{process.pid}:execve") as tracer:
                 def traced():
-                    value = ctypes.create_string_buffer(4)
+                    value = ctypes.create_string_buffer(traceleft.PROCESS.size)
                     return tracer.bpf.library.bpf_map_lookup_elem(
                         tracer.map_fd("processes"), struct.pack("=I", process.pid), value) == 0
                 assert traced()
