@@ -2041,6 +2041,8 @@ PROCESSING: Dict[str, Type[Processing]] = {function.name: function for function 
 
 OUTPUT_NONE, OUTPUT_HISTOGRAM, OUTPUT_TOP = range(3)  # enum output in bpf/traceleft.h
 BUCKETS, TOP_SLOTS, TOP_FIELDS, TOP_TEXT = 66, 512, 3, 128  # enum limits
+TOP_TABLE = TOP_SLOTS + 1  # the last slot counts what finds no other
+OTHER = ()                 # is that group's name
 MAX_TOPS = 64  # filters with top_per_sec that the kernel side counts: each takes half a MiB
 
 
@@ -2146,7 +2148,29 @@ def parse_top_by(text: str, event_type: EventType) -> Tuple[Field, ...]:
     return found
 
 
-class Histogram(AlertsPerSec):
+class CountsKinds(AlertsPerSec):
+    """Base of those that count kinds: what the kernel side counts of them is what an alert's count is made of, so that
+    its kinds add up to it. `matched` comes from the filter's own counts, which are read a moment later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = collections.Counter()
+        self.takes = False  # from the kernel side, instead of observing events
+
+    def take(self, counted: Mapping[Any, int]) -> None:
+        self.takes = True
+        self.counts.update(counted)
+        self.passed += sum(counted.values())
+
+    def add(self, matched: int, passed: int, sample: Optional[Event]) -> None:
+        super().add(matched, 0 if self.takes else passed, sample)
+
+    def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
+        self.takes = False
+        return super().tick(filter, now, lost)
+
+
+class Histogram(CountsKinds):
     """alerts_per_sec, and how many of the events that passed had which values of `field`, by powers of two."""
 
     name = "histogram"
@@ -2155,7 +2179,6 @@ class Histogram(AlertsPerSec):
     def __init__(self, field: Field) -> None:
         super().__init__()
         self.field, self.get = field, field.getter()
-        self.counts: Dict[int, int] = collections.Counter()
 
     @classmethod
     def pack(cls, field: Field) -> PackedOutput:  # type: ignore[override]
@@ -2168,10 +2191,6 @@ class Histogram(AlertsPerSec):
 
     def observe(self, event: Event) -> None:
         self.counts[self.bucket(int(self.get(event)))] += 1
-
-    def take(self, counted: Mapping[int, int]) -> None:
-        for index, count in counted.items():
-            self.counts[index] += count
 
     @staticmethod
     def bounds(index: int) -> Tuple[Tuple[str, int], ...]:
@@ -2190,7 +2209,7 @@ def cut_text(text: str) -> str:
     return decode_text(encode_text(text)[:TOP_TEXT - 1])
 
 
-class TopPerSec(AlertsPerSec):
+class TopPerSec(CountsKinds):
     """alerts_per_sec, and the `k` values of `by` that most of the events had that passed, with their counts."""
 
     name = "top_per_sec"
@@ -2200,7 +2219,6 @@ class TopPerSec(AlertsPerSec):
         super().__init__()
         self.k, self.by = k, by
         self.getters = [member.getter() for member in by]
-        self.counts: Dict[Tuple[Value, ...], int] = collections.Counter()  # the kernel side cuts texts in it
 
     @classmethod
     def pack(cls, k: int, by: Tuple[Field, ...]) -> PackedOutput:  # type: ignore[override]
@@ -2208,20 +2226,16 @@ class TopPerSec(AlertsPerSec):
 
     def observe(self, event: Event) -> None:
         key = tuple([get(event) for get in self.getters])
-        if key in self.counts or len(self.counts) < TOP_SLOTS:
-            self.counts[key] += 1
-
-    def take(self, counted: Mapping[Tuple[Value, ...], int]) -> None:
-        for key, count in counted.items():
-            self.counts[key] += count
+        self.counts[key if key in self.counts or len(self.counts) < TOP_SLOTS else OTHER] += 1
 
     def detail(self) -> Detail:
+        self.counts.pop(OTHER, None)  # it is in the difference
         # by count; values break ties, so that equal seconds look equal
         heaviest = sorted(self.counts.items(), key=lambda item: (-item[1], [str(value) for value in item[0]]))[:self.k]
         rows = tuple((tuple((member.name, self.show(member, value)) for member, value in zip(self.by, key)), count)
                      for key, count in heaviest)
         self.counts = collections.Counter()
-        return Detail("top", rows, max(0, self.passed - sum(count for _, count in rows)))
+        return Detail("top", rows, self.passed - sum(count for _, count in rows))
 
     @staticmethod
     def show(member: Field, value: Value) -> Value:
@@ -5970,7 +5984,7 @@ class Tops:
             self.mapped[begin:end] = bytes(end - begin)
 
     def place(self, member: Filter, table: int) -> Tuple[int, int]:
-        size = TOP_SLOTS * TOP_SLOT.size
+        size = TOP_TABLE * TOP_SLOT.size
         begin = (2 * self.tables.output_places[member.id] + table) * size
         return begin, begin + size
 
@@ -5978,8 +5992,8 @@ class Tops:
         found: Dict[Tuple[Value, ...], int] = collections.Counter()
         begin, end = self.place(member, table)
         for hash_, count, *parts in TOP_SLOT.iter_unpack(self.mapped[begin:end]):
-            if hash_ and count:
-                found[self.group(member, parts)] += count
+            if count:
+                found[self.group(member, parts) if hash_ else OTHER] += count
         return found
 
     @staticmethod
@@ -6186,7 +6200,7 @@ class Tracer:
             "matchers": len(EVENT_NAMES), "entry_rows": len(EVENT_NAMES), "vectors": len(tables.vectors),
             "bounds": len(tables.bounds), "texts": texts, "literals": len(tables.literals), "rows": len(tables.rows),
             "filters": len(tables.filters), "filter_states": self.max_filters, "groups": self.max_filters,
-            "filter_counts": self.cpus * self.max_filters, "tops": 2 * TOP_SLOTS * tables.output_counts[OUTPUT_TOP],
+            "filter_counts": self.cpus * self.max_filters, "tops": 2 * TOP_TABLE * tables.output_counts[OUTPUT_TOP],
             "histograms": self.cpus * tables.output_counts[OUTPUT_HISTOGRAM], "scratch": 2 * self.cpus,
             "pending": pending, "pending_long": pending, "sockets": MAX_SOCKETS if "tcp_state" in needed else 1}
         return self.sizes

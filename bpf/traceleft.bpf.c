@@ -155,7 +155,7 @@ struct {
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, __u32);
 	__type(value, struct top_slot);
-} tops SEC(".maps"); /* (2 * output_index + second of two) * TOP_SLOTS + slot */
+} tops SEC(".maps"); /* (2 * output_index + second of two) * TOP_TABLE + slot */
 
 /* Two, so that a flood of streamed events costs no filter its sample. */
 struct {
@@ -1134,7 +1134,7 @@ static __always_inline void describe(struct top_slot *slot, const struct record 
 	}
 }
 
-/* Counts the event in its group. One that finds no slot counts in none: that is the difference to `passed`. */
+/* Counts the event in its group, or in the slot behind the others. */
 __noinline int count_top(const struct record *record, const struct filter *filter)
 {
 	__u32 base, place;
@@ -1144,7 +1144,7 @@ __noinline int count_top(const struct record *record, const struct filter *filte
 	if (!record || !filter)
 		return 0;
 	hash = hash_output(record, filter);
-	base = (filter->output_index * 2 + (run.tick & 1)) * TOP_SLOTS;
+	base = (filter->output_index * 2 + (run.tick & 1)) * TOP_TABLE;
 	for (__u32 i = 0; i < TOP_PROBES; i++) {
 		place = base + (((__u32)(hash >> 8) + i) & (TOP_SLOTS - 1));
 		slot = bpf_map_lookup_elem(&tops, &place);
@@ -1160,9 +1160,13 @@ __noinline int count_top(const struct record *record, const struct filter *filte
 		}
 		if (found == hash) {
 			__sync_fetch_and_add(&slot->count, 1);
-			break;
+			return 0;
 		}
 	}
+	place = base + TOP_SLOTS;
+	slot = bpf_map_lookup_elem(&tops, &place);
+	if (slot)
+		__sync_fetch_and_add(&slot->count, 1);
 	return 0;
 }
 

@@ -36,6 +36,7 @@ enum limits {
 	BUCKETS = 66,        /* of a histogram: negative, zero, and one for each power of two */
 	BUCKETS_SIZE = 72,   /* the same in whole cache lines */
 	TOP_SLOTS = 512,     /* groups that are counted in one second; a power of two */
+	TOP_TABLE = TOP_SLOTS + 1, /* the last one counts what finds no other */
 	TOP_PROBES = 8,
 	TOP_FIELDS = 3,      /* that a group is told by */
 	TOP_TEXT = 128,      /* of a text that is shown; one byte less is used */
