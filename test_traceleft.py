@@ -4686,6 +4686,14 @@ int main(void)
         assert found["self"] == process.pid and len(set(found.values())) == len(found)
         assert all(event.program_id == 5 for event in events)
 
+    def test_that_a_process_has_ended_is_said(self):
+        with self.shells("exit 0", "exit 0") as (first, second), Agent("trace", f"{first.pid},{second.pid}:open") as agent:
+            self.go([first])
+            wait_until(lambda: f"traceleft: process {first.pid} has ended" in agent.stderr, "the first has ended")
+            self.go([second])
+            wait_until(lambda: f"traceleft: process {second.pid} has ended: nothing is traced any more" in agent.stderr, "both have")
+            assert agent.stop()[0] == 0
+
     def test_an_ended_process_is_dropped(self):
         """Its number may be another's soon. A thread that ends, or that runs a new program, ends nothing."""
         script = """
@@ -4750,6 +4758,35 @@ threading.Event().wait()
 
 class TestEverySyscall:
     pytestmark = live
+
+    LIBC = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+time = (ctypes.c_long * 2)(0, 1000)
+buffer = ctypes.create_string_buffer(256)
+sys.stdin.read()
+libc.stat(b"/etc/passwd", buffer)
+libc.lstat(b"/proc/self", buffer)
+libc.fstat(0, buffer)
+libc.nanosleep(time, None)
+libc.eventfd(7, 0o2000000)
+libc.select(0, None, None, None, time)
+"""
+
+    def test_a_name_is_what_the_libc_function_of_that_name_does(self):
+        """Whatever syscall it makes of it."""
+        names = ("stat", "lstat", "fstat", "nanosleep", "eventfd", "select")
+        with self.waiting(sys.executable, "-I", "-S", "-c", self.LIBC) as process:
+            wait_until(lambda: "pipe_read" in Path(f"/proc/{process.pid}/stack").read_text(), "the program waits")
+            with Agent("trace", f"{process.pid}:{','.join(names)}") as agent:
+                process.stdin.close()
+                process.wait(DEADLINE)
+                _, output = agent.stop()
+        lines = [re.sub(r" (Statbuf|Rqtp|Tvp) 0x\w+", "", re.sub(r" pid .* hash \d+", "", line)) for line in output.splitlines()]
+        for wanted in ('name stat Filename "/etc/passwd"', 'name lstat Filename "/proc/self"', "name nanosleep Rmtp 0x0",
+                       "name eventfd Count 7 Flags 524288", "name select N 0 Inp 0x0 Outp 0x0 Exp 0x0"):
+            assert lines.count(wanted) == 1, (wanted, lines)
+        assert any(re.fullmatch(r"name fstat Fd 0<pipe:\[\d+\]>", line) for line in lines)
 
     COLD = """
 #include <sys/wait.h>

@@ -482,6 +482,9 @@ EVENT_ROWS = (
     ("init_module", "image:address len:size param:string"),
     ("finit_module", "fd:fd param:string flags:int"),
     ("delete_module", "name_user:string flags:uint"),
+    ("nanosleep",   "rqtp:address rmtp:address",                             "nanosleep clock_nanosleep~[0=0]:2,3"),
+    ("eventfd",     "count:uint flags:int",                                  "eventfd:0,=0 eventfd2~"),
+    ("select",      "n:int inp:address outp:address exp:address tvp:address", "select pselect6~[5=0]"),
     # users
     ("setuid",      "user:id"),
     ("setgid",      "group:id"),
@@ -511,6 +514,9 @@ EVENT_ROWS = (
     ("access",      "filename:path mode:int",                                "access faccessat!0:1,2"),
     ("faccessat",   "dfd:dfd filename:path mode:int",                        "faccessat faccessat2"),
     ("lchown",      "filename:path user:id group:id",                        "lchown fchownat!0[4=256]:1,2,3"),
+    ("stat",        "filename:path statbuf:address",                         "stat newfstatat~0[3=0]:1,2"),
+    ("lstat",       "filename:path statbuf:address",                         "lstat newfstatat~0[3=256]:1,2"),
+    ("fstat",       "fd:fd statbuf:address",                                 "fstat newfstatat~[3=4096]:0,2"),
     ("truncate",    "filename:path length:long"),
     ("ftruncate",   "fd:fd length:ulong"),
     ("fallocate",   "fd:fd mode:int offset:long len:long"),
@@ -7336,13 +7342,30 @@ class SelfWatch:
         self.thread.join()
 
 
-class UringWatch:
-    """Says once that io_uring is in use: what it does is seen as no syscall."""
+def is_there(pid: int) -> bool:
+    """Whether there is such a process; /proc may hide it, once the capabilities are gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class HostWatch:
+    """Says once that io_uring is in use, since what it does is seen as no syscall, and that a selected process ends."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer, self.said = tracer, False
+        self.pids = {pid for wanted in tracer.plan.values() for pid in wanted.pids}
 
     def tick(self) -> None:
+        ended = {pid for pid in self.pids if not is_there(pid)}
+        self.pids -= ended
+        for pid in sorted(ended):
+            say(f"process {pid} has ended" + ("" if self.pids or self.tracer.follow or any(
+                wanted.any_process for wanted in self.tracer.plan.values()) else ": nothing is traced any more"))
         counts = {} if self.said else self.tracer.uring_counts()
         if counts:
             self.said = True
@@ -9370,7 +9393,7 @@ class SpecRun:
         self.tracer, self.stop, self.options, self.recorder = tracer, stop, options, recorder
         self.aggregator = Aggregator(spec, insecure=options.collector_insecure,
                                      counted_elsewhere=frozenset(spec.ids) - tracer.tables.python_ids, event_time=True)
-        self.counts, self.uring = KernelCounts(tracer, self.aggregator), UringWatch(tracer)
+        self.counts, self.uring = KernelCounts(tracer, self.aggregator), HostWatch(tracer)
         self.status = StatusLine(lambda: sum_accounts(self.accounts))
         self.left = 0  # records of the spec before that are held
         self.aggregator.set_clock(tracer.clock_offset_ns)
@@ -9539,7 +9562,7 @@ def trace_print(tracer: Tracer, stop: StopSignals, options: argparse.Namespace,
     if watchers.server is not None:
         watchers.server.figures = lambda: run_figures(tracer, printer.accounts.values())
     watchers.status = lambda: format_totals(sum_accounts(printer.accounts.values()))
-    status, uring = StatusLine(lambda: sum_accounts(printer.accounts.values()), True), UringWatch(tracer)
+    status, uring = StatusLine(lambda: sum_accounts(printer.accounts.values()), True), HostWatch(tracer)
 
     def tick() -> None:
         uring.tick()
@@ -9559,7 +9582,7 @@ def trace_record(tracer: Tracer, recorder: Recorder, stop: StopSignals, options:
     """Records every event until stopped, or until the recording is full."""
     accounts = {name: Account(name, name) for name in tracer.plan}
     status, uring = StatusLine(lambda: {"events": sum(recorder.recorded.values()), "bytes": recorder.size}), \
-        UringWatch(tracer)
+        HostWatch(tracer)
 
     def handle(records: List[bytes]) -> None:
         recorder.add(records, tracer)
