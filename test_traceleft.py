@@ -6975,7 +6975,8 @@ class TestCommandLine:
         (("trace", "--spec", "/nonexistent"), "/nonexistent: cannot read the spec: No such file"),
         (("trace", "--spec", "/"), "/: cannot read the spec: Is a directory"), (("check",), "required: SPEC"),
         (("check", "/nonexistent"), "cannot read the spec"), (("explain", "/nonexistent"), "cannot read the spec"),
-        (("trace", "--follow", "open"), "--follow adds the children of selected"), (("trace", "--follow", "0:open"), "no selector names any"),
+        (("trace", "1234"), "stands before its events, as in 1234:open"), (("trace", "open:1"), "as in 1234:open"),
+        (("trace", "OPEN"), "did you mean 'open'"), (("trace", "--follow", "open"), "--follow adds the children of selected"), (("trace", "--follow", "0:open"), "no selector names any"),
         (("events", "opne"), "did you mean 'open'"), (("trace", "--nope", "open"), "unrecognized arguments: --nope"),
     ])
     def test_usage_errors_are_one_line(self, arguments, message):

@@ -5333,7 +5333,8 @@ def find_event(name: str, where: str = "") -> EventType:
     try:
         return event_type(name)
     except KeyError:
-        raise UsageError(f"unknown event '{escape(name)}'{where}{suggest(name, event_names())}; "
+        hint = "the process stands before its events, as in 1234:open; " if name.isdigit() else ""
+        raise UsageError(f"unknown event '{escape(name)}'{where}{suggest(name.lower(), event_names())}; {hint}"
                          "'traceleft.py events' lists them") from None
 
 
