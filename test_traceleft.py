@@ -7020,7 +7020,7 @@ class TestCommandLine:
             f"  python: rule {rule}", "  python: sigma frequency=1; alerts_per_sec, as json",
             "  because: glob(), contains() cannot be evaluated in the kernel",
             "attached: one program to the exit of open, creat, openat, openat2: about 6% of a typical host's syscalls, and up to "
-            "30% that costs less than one for every syscall",
+            "24% that costs less than one for every syscall",
             "never traced: the tracer's own events",
             "not seen: what io_uring does in place of syscalls (its submissions are counted, and said); 32-bit syscalls"]
 

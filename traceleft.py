@@ -5873,7 +5873,7 @@ TYPICAL_SHARES = {
     "mmap": 4, "fstat": 4, "newfstatat": 4, "lseek": 3, "rt_sigaction": 3, "rt_sigprocmask": 3, "fcntl": 2, "ioctl": 2,
     "poll": 2, "munmap": 2, "mprotect": 2, "pread64": 2, "writev": 2, "getdents64": 1, "access": 1, "brk": 1,
 }
-BUSY_SHARE = 30  # percent, measured: above it one program for all syscalls costs less than one for each that is named
+BUSY_SHARE = 24  # percent, measured in bench/: above it one program for all costs less than one for each that is named
 
 
 def typical_share(sources: Iterable[Source]) -> int:
