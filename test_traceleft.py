@@ -5302,7 +5302,9 @@ class TestAgainstStrace:
     # one event for each syscall: `open` has four of them, and the others are those that an event has its own name from
     FAMILY = {"open": "open", "creat": "open", "openat": "open", "openat2": "open", "faccessat2": "faccessat",
               "fchmodat2": "fchmodat"}
-    NOT_COMPARED = {"exit", "fork", *FAMILY} - {"open"}
+    # libc's names of calls that are compared as newfstatat, clock_nanosleep, eventfd2, pselect6 and mknodat
+    LIBC_NAMES = {"stat", "lstat", "fstat", "nanosleep", "eventfd", "select", "mknod"}
+    NOT_COMPARED = {"exit", "fork", *FAMILY, *LIBC_NAMES} - {"open"}
 
     def events(self):
         tracefs = traceleft.mounted_tracefs()
@@ -5329,7 +5331,8 @@ class TestAgainstStrace:
             texts = self.TEXT.findall(line)
             match = self.LINE.fullmatch(self.TEXT.sub('""', line))
             assert match, line
-            yield self.call(match, texts)
+            if match["name"] not in self.LIBC_NAMES:
+                yield self.call(match, texts)
         for line in pending.values():
             yield self.call(self.LINE.fullmatch(self.TEXT.sub('""', line).rstrip(")") + ") = ?"), self.TEXT.findall(line))
 
@@ -5398,7 +5401,7 @@ class TestAgainstStrace:
         assert self.compare(tmp_path, "tar", "-czf", tmp_path / "a.tar.gz", "in", cwd=tmp_path) > 300
 
     def test_tar_with_a_program_at_each_syscall(self, tmp_path):
-        only = ["open", "close", "read", "write", "fstat", "newfstatat", "execve", "exit_group", "unlinkat", "mkdir", "rt_sigreturn"]
+        only = ["open", "close", "read", "write", "newfstatat", "execve", "exit_group", "unlinkat", "mkdir", "rt_sigreturn"]
         (tmp_path / "in").mkdir()
         (tmp_path / "in" / "file").write_text("text")
         command = ["tar", "-cf", tmp_path / "a.tar", "--remove-files", "in"]
