@@ -5594,6 +5594,20 @@ class TestWalkThrough:
             counts[record["filter"]] += record["count"]
         assert counts == {str(n): n // 100 for n in numbers}
 
+    def test_other_reductions_on_every_cpu(self, programs, tmp_path):
+        """One group of both CPUs at full rate, and one of each: what passes is exact."""
+        spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
+        functions = {"backoff": "multiplier=10", "distinct": "by=filename", "limit": "count=5;seconds=600"}
+        spec["events"] = [{**spec["events"][0], "rule": f"startswith(filename, '{tmp_path}/')", "id": name,
+                           "function": {"id": name, "parameters": parameters}} for name, parameters in functions.items()]
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
+            loads = [subprocess.Popen([programs["opens"], tmp_path / name, "60000"]) for name in "ab"]
+            assert [load.wait(DEADLINE) for load in loads] == [0, 0]
+            code, output = agent.stop()
+        assert code == 0
+        assert [(row["id"], row["matched"], row["passed"]) for row in json.loads(output)["filters"]] == [
+            ("backoff", 120_000, 6), ("distinct", 120_000, 2), ("limit", 120_000, 5)]  # 1, 10, 100, 1,000, 10,000, 100,000
+
     def test_kinds_add_up_on_every_cpu(self, programs, tmp_path):
         """Two groups, one per CPU at full rate: the kinds of all alerts add up to what was done, each to its own number."""
         spec = a_spec(channel={"id": "1", "type": "file", "path": str(tmp_path / "log")})
@@ -6398,7 +6412,8 @@ class TestEstimate:
         ({"events": 10, "passed": 10}, ["the rule matched every one of 10 events"]),
         ({"events": 10, "passed": 10, "rule": ""}, []),
         ({"parameters": "threshold=10"}, ["threshold=10 held back everything: no second had more than 10 matching events"]),
-        ({"parameters": "threshold=9"}, []),
+        ({"passed": 1, "parameters": "threshold=9"}, []),
+        ({"parameters": "threshold=9;by=pid"}, ["sigma let none of 10 matching events through"]),
         ({"parameters": "frequency=11"}, ["frequency=11 let nothing through: only 10 events matched"]),
         ({"passed": 10, "parameters": "by=uid", "groups": 16384}, ["by: 16384 groups are as many as there can be; all later ones "
                                                                    "are counted as one"]),

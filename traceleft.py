@@ -1987,7 +1987,7 @@ class Sigma(Processing):
 
 
 class Limit(Processing):
-    """`count=N`, `seconds=S`: the first N events pass, and no other until S seconds after the first."""
+    """`count=N`, `seconds=S`: the first N events pass, and no other in the S seconds that begin with the first's."""
 
     name = "limit"
     parameters = {
@@ -2005,7 +2005,7 @@ class Limit(Processing):
 
 
 class Distinct(Limit):
-    """`by=FIELD`: the first event of each value passes, and no other until `seconds` after it; 0: no other at all."""
+    """`by=FIELD`: the first event of each value passes, and no other in `seconds` that begin with its own; 0: never."""
 
     name = "distinct"
     parameters = {"seconds": Parameter(0, parse_seconds), "by": Parameter(None, parse_by)}
@@ -8550,6 +8550,8 @@ class FilterEstimate(NamedTuple):
             yield f"threshold={threshold} held back everything: no second had more than {self.peak} matching events"
         elif not account.passed and frequency > account.matched:
             yield f"frequency={frequency} let nothing through: only {account.matched} events matched"
+        elif not account.passed:
+            yield f"{self.spec.processing} let none of {account.matched} matching events through"
         if self.spec.rule is not None and 0 < self.events == account.matched:
             yield f"the rule matched every one of {self.events} events"
         if self.groups is not None and self.groups >= self.max_groups:
