@@ -3051,6 +3051,8 @@ class TestTwoEngines:
         spec["events"] = [{**spec["events"][0], "name": "lseek", "rule": rule} for rule in rules]
         parsed = parse_spec(spec)
         tables = traceleft.Tables(parsed.filters)
+        steps = int(re.search(r"MAX_BOUNDS_LOG2 = (\d+)", (HERE / "bpf/traceleft.h").read_text())[1])
+        assert 1 << steps == traceleft.MAX_BOUNDS
         assert [bool(placement.reasons) for placement in tables.placements] == [False] * 4 + [True] * 2
         assert max(traceleft.DIMENSION.unpack_from(matcher, traceleft.MATCHER.size)[6] for matcher in tables.matchers.values()
                    ) <= traceleft.MAX_BOUNDS
@@ -6796,9 +6798,9 @@ class TestScreenInTerminal:
         tmux.type("clear; kill %1; wait; echo d'one'")
         assert "collect on" not in tmux.wait("^done")
 
+    @live[0]
+    @live[1]
     def test_trace_shows_a_status_line(self, tmux, tmp_path):
-        if os.geteuid() != 0:
-            pytest.skip("needs root")
         before = tmux.modes
         spec = write_spec(tmp_path / "spec", a_spec(f"startswith(pathname, '{tmp_path}/d')", name="mkdir", channel={
             "id": "1", "type": "file", "path": str(tmp_path / "log")}))

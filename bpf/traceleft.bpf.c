@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /*
- * One program, attached to the sys_exit tracepoint of every syscall that the spec names. The attachment's cookie is the
- * row of `sources` that says how that syscall becomes an event, so syscall numbers do not matter and nothing here is
- * compiled for one architecture. At exit the result is known, the strings are resident because the kernel itself has
- * just read them, and the argument registers are still as they were at entry.
+ * One program, attached to the sys_exit tracepoint of every syscall that the spec names. The syscall's number leads to
+ * the rows of `sources` that say how it becomes an event; traceleft.py fills them, so nothing here is compiled for one
+ * architecture. At exit the result is known, the strings are resident because the kernel itself has just read them, and
+ * the argument registers are still as they were at entry.
  *
  * An event is fetched as far as the rules need it, matched, and counted here; a record crosses the ring buffer once a
  * second per filter, as a sample, or for filters whose rules need Python.
