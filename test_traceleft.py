@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import mmap
 import os
 import platform
 import pty
@@ -36,6 +37,7 @@ import urllib.parse
 import urllib.request
 from concurrent import futures
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import pytest
@@ -1771,7 +1773,7 @@ def grpc_spec(port, options=None, **more):
 
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory):
-    """A folder of PEM files: two CAs, and what the first has signed. NAME.pem has its key in NAME.key."""
+    """A folder of PEM files: two CAs, and what they have signed. NAME.pem has its key in NAME.key."""
     folder = tmp_path_factory.mktemp("certificates")
 
     def openssl(*arguments):
@@ -1780,11 +1782,11 @@ def certificates(tmp_path_factory):
     new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     for name in ("ca", "other-ca"):
         openssl("req", "-x509", *new_key, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
-    for name, host, days in (("server", "localhost", 2), ("expired", "localhost", -1), ("elsewhere", "elsewhere.test", 2),
-                             ("client", "client", 2)):
+    for name, host, days, ca in (("server", "localhost", 2, "ca"), ("expired", "localhost", -1, "ca"), ("elsewhere", "elsewhere.test", 2, "ca"),
+                                 ("client", "client", 2, "ca"), ("foreign", "localhost", 2, "other-ca")):
         (folder / "extension").write_text(f"subjectAltName=DNS:{host}\n")
         openssl("req", *new_key, "-keyout", f"{name}.key", "-out", "request", "-subj", f"/CN={host}")
-        openssl("x509", "-req", "-in", "request", "-CA", "ca.pem", "-CAkey", "ca.key", "-out", f"{name}.pem", "-days", str(days),
+        openssl("x509", "-req", "-in", "request", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key", "-out", f"{name}.pem", "-days", str(days),
                 "-extfile", "extension", "-CAcreateserial")
     return folder
 
@@ -7347,7 +7349,7 @@ class Sink:
                 return False
             def count(self, metric, peer):
                 time.sleep(float(sys.argv[3]))
-                os.write(log, f"{metric.Agent} {metric.Sequence} {metric.Count} {metric.Lost}\\n".encode())
+                os.write(log, f"{metric.Agent} {metric.Sequence} {metric.Count} {metric.Time!r}\\n".encode())
         Sink(sys.argv[1])
         print("listening", flush=True)
         threading.Event().wait()"""
@@ -7369,31 +7371,63 @@ class Sink:
     def __exit__(self, *exception):
         self.kill()
 
+    def lines(self):
+        return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def alerts(self):
+        """(agent, sequence) -> (count, time)."""
+        return {(agent, int(sequence)): (int(count), float(at)) for agent, sequence, count, at in self.lines()}
+
     def received(self):
         """((agent, sequence) -> count, how many came twice)."""
-        lines = [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
-        counts = {(agent, int(sequence)): int(count) for agent, sequence, count, _ in lines}
-        return counts, len(lines) - len(counts)
+        counts = {key: count for key, (count, _) in self.alerts().items()}
+        return counts, len(self.lines()) - len(counts)
+
+    def total(self):
+        """Sum of the counts, each alert's once."""
+        return sum(self.received()[0].values())
 
 
 class Load:
-    """Processes that open files without end, until the block ends; `opens` is how many opens there were then."""
+    """Processes that open files without end, until the block ends; `opens` is how many opens there were then.
+
+    Meanwhile they note in shared memory how far they are.
+    """
 
     SOURCE = """if True:
-        import os, signal, sys
-        done = []
-        signal.signal(signal.SIGTERM, lambda *_: done.append(1))
-        count, names = 0, sys.argv[1:]
-        while not done:
+        import mmap, os, signal, sys, time
+        over = []
+        signal.signal(signal.SIGTERM, lambda *_: over.append(1))
+        notes = memoryview(mmap.mmap(int(sys.argv[1]), 0)).cast("Q")
+        count, start, names = 0, int(sys.argv[2]), sys.argv[3:]
+        while not over:
+            notes[1 + int(time.clock_gettime(time.CLOCK_BOOTTIME) * 16) - start] = count
+            count += len(names)
+            notes[0] = count
             for name in names:
                 os.close(os.open(name, os.O_WRONLY | os.O_CREAT))
-            count += len(names)
         print(count)"""
 
     def __init__(self, *names, processes=1):
-        self.processes = [subprocess.Popen([sys.executable, "-S", "-c", self.SOURCE, *map(str, names)], stdout=subprocess.PIPE,
-                                           text=True) for _ in range(processes)]
-        self.opens = None
+        self.each_round, self.opens = processes * len(names), None
+        self.start = int(traceleft.boot_time() * 16)
+        self.notes = []
+        self.processes = []
+        for _ in range(processes):
+            shared = os.memfd_create("notes")
+            os.truncate(shared, 8 << 15)  # for half an hour
+            self.notes.append(memoryview(mmap.mmap(shared, 0)).cast("Q"))
+            self.processes.append(subprocess.Popen([sys.executable, "-S", "-c", self.SOURCE, str(shared), str(self.start), *map(str, names)],
+                                                   stdout=subprocess.PIPE, text=True, pass_fds=[shared]))
+            os.close(shared)
+
+    def begun(self):
+        """Opens by now, with those that are under way: there are no more."""
+        return sum(notes[0] for notes in self.notes)
+
+    def done_by(self, boot_time):
+        """Opens that had ended by then: there are no less."""
+        return sum(max(notes[1:1 + max(int(boot_time * 16) - self.start, 0)], default=0) for notes in self.notes)
 
     def __enter__(self):
         return self
@@ -7402,6 +7436,25 @@ class Load:
         for process in self.processes:
             process.terminate()
         self.opens = sum(int(process.communicate(timeout=DEADLINE)[0]) for process in self.processes)
+        assert self.begun() == self.opens
+
+
+class Moment(NamedTuple):
+    """Counts at one moment of a test: opens that the load has made, and events that have arrived of them."""
+
+    opens: int
+    arrived: int
+
+    def __str__(self):
+        return f"{self.arrived} of {self.opens}"
+
+
+def moment(load, arrived, frequency=10):
+    """Now: what had arrived a little earlier is of no more opens than there have been."""
+    found = arrived()
+    found = Moment(load.begun(), found)
+    assert found.arrived * frequency <= found.opens, found
+    return found
 
 
 def program_ids(pid):
@@ -7436,6 +7489,12 @@ def totals(output):
     return sum(row["matched"] for row in summary["filters"]), sum(row["passed"] for row in summary["filters"]), lost
 
 
+def written(path, dir_fd=None):
+    """Sum of count of the records in a log that is being written to."""
+    with os.fdopen(os.open(path, os.O_RDONLY, dir_fd=dir_fd)) as file:
+        return logged(file.read().rpartition("\n")[0])[0]
+
+
 def logged(*texts):
     """(sum of count, sum of lost) of records of the format json."""
     records = [json.loads(line) for text in texts for line in text.splitlines()]
@@ -7449,46 +7508,57 @@ class TestFaults:
         return [tmp_path / f"f{number}" for number in range(count)]
 
     def test_the_collector_is_killed_in_the_middle_of_streams(self, tmp_path):
+        """Each alert takes it 10 ms, so that it is killed with a part of a second's alerts counted, and none acknowledged."""
         port, names, log = free_port(), self.files(tmp_path, 20), tmp_path / "received"
         spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port), names))
-        kills = length(2, 30)
+        moments = []
         with Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
             with Load(*names) as load:
-                for _ in range(kills):
-                    with Sink(log, port, delay=0.01):
-                        time.sleep(random.uniform(0.6, 1.6))
+                for number in range(length(2, 30)):
+                    with Sink(log, port, delay=0.01) as sink:
+                        before = len(sink.alerts())
+                        wait_until(lambda: len(sink.lines()) > before, "a stream")  # noqa: B023
+                        time.sleep(random.uniform(0, 1.2 if number % 2 else 0.1))
+                        moments.append(moment(load, sink.total))
             with Sink(log, port) as sink:
                 code, output = agent.stop()
                 counts, doubles = sink.received()
         matched, passed, lost = totals(output)
-        assert (code, matched, lost) == (0, load.opens, {})
-        assert sum(counts.values()) == passed > 0
-        figures(kills=kills, opens=load.opens, matched=matched, passed=passed, received_once=sum(counts.values()), lost=0,
-                alerts=len(counts), alerts_sent_twice=doubles)
+        assert (code, matched, lost) == (0, load.opens, {}) and doubles > 0
+        assert 0 < moments[0].arrived <= moments[-1].arrived < sum(counts.values()) == passed
+        figures(kills=len(moments), received_before_the_first=moments[0], before_the_last=moments[-1], opens=load.opens, matched=matched,
+                passed=passed, received_once=sum(counts.values()), lost=0, alerts=len(counts), alerts_sent_twice=doubles)
 
-    def test_a_collector_that_accepts_and_never_answers(self, tmp_path):
-        """For a while, with another one in its place afterwards; and in the long form, to the end."""
-        names, outcomes = self.files(tmp_path, 5), {}
+    @pytest.mark.parametrize("how", ["a port that nobody serves", "a stream that is read"])
+    def test_a_collector_that_accepts_and_never_answers(self, tmp_path, how):
+        """In the place of one that does; with that one in its place afterwards, and in the long form also to the end."""
         for ends in length((True,), (False, True)):
-            with socket.create_server(("localhost", 0)) as silent:
-                port = silent.getsockname()[1]
-                spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port), names))
-                with Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
-                    with Load(*names) as load:
-                        time.sleep(length(1.5, 30))
-                    silent.close() if ends else None
-                    with Sink(tmp_path / "received", port) if ends else contextlib.nullcontext() as sink:
-                        begin = time.monotonic()
-                        code, output = agent.stop()
-                        took = time.monotonic() - begin
-                        counts = sink.received()[0] if sink else {}
+            names, log, port = self.files(tmp_path, 5), tmp_path / f"received {ends}", free_port()
+            spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port), names))
+            with Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent, contextlib.ExitStack() as stack:
+                with Load(*names) as load:
+                    with Sink(log, port) as sink:
+                        wait_until(lambda: sink.alerts(), "the first alerts")  # noqa: B023
+                    before = moment(load, sink.total)
+                    silent = socket.create_server(("localhost", port)) if how.startswith("a port") else \
+                        Sink(tmp_path / "none", port, delay=1000)
+                    stack.callback(silent.close if how.startswith("a port") else silent.kill)
+                    time.sleep(length(1.5, 30))
+                    during = moment(load, sink.total)
+                if ends:
+                    stack.close()
+                    stack.enter_context(Sink(log, port))
+                begin = time.monotonic()
+                code, output = agent.stop()
+                took = time.monotonic() - begin
+                after = moment(load, sink.total)
             matched, passed, lost = totals(output)
             assert code == 0 and matched == load.opens and took < traceleft.CLOSE_TIMEOUT + length(15, 3)
-            assert passed == sum(counts.values()) + sum(lost.values())
-            assert set(lost) <= {"not_acknowledged"} and bool(lost) == (not ends)
-            outcomes[ends] = f"passed {passed}, received {sum(counts.values())}, lost {lost}, end took {took:.1f} s"
+            assert 0 < before.arrived == during.arrived and before.opens < during.opens
+            assert passed == after.arrived + sum(lost.values())
+            assert set(lost) <= {"not_acknowledged"} and bool(lost) == (not ends) == (after.arrived == before.arrived)
             assert any("were not acknowledged and are lost" in line for line in agent.stderr) != ends
-        figures(replaced=outcomes[True], never=outcomes.get(False))
+            figures(replaced=ends, received_before=before, during=during, after=after, passed=passed, lost=lost, end_took=f"{took:.1f} s")
 
     def test_packets_are_dropped(self, tmp_path):
         """Two network namespaces; packets to the other's address go to nobody for a while."""
@@ -7517,12 +7587,12 @@ class TestFaults:
                     for side in (0, 1):
                         ip(side, "neigh", "replace", addresses[1 - side], "lladdr", "02:00:00:00:00:99", "dev", f"v{side}")
                     time.sleep(0.3)
-                    before = len(sink.received()[0])
+                    before = moment(load, sink.total)
                     time.sleep(length(1.5, 30))
-                    during = len(sink.received()[0]) - before
+                    during = moment(load, sink.total)
                     for side in (0, 1):
                         ip(side, "neigh", "del", addresses[1 - side], "dev", f"v{side}")
-                    wait_until(lambda: len(sink.received()[0]) > before, "an alert after that")
+                    wait_until(lambda: sink.total() > before.arrived, "an alert after that")
                 code, output = agent.stop()
                 counts, doubles = sink.received()
         finally:
@@ -7530,33 +7600,44 @@ class TestFaults:
                 holder.kill()
                 holder.wait()
         matched, passed, lost = totals(output)
-        assert (code, matched, lost, during) == (0, load.opens, {}, 0)
-        assert sum(counts.values()) == passed > 0
-        figures(seconds_without_packets=length(1.5, 30), opens=load.opens, matched=matched, passed=passed,
-                received_once=sum(counts.values()), lost=0, alerts_sent_twice=doubles)
+        assert (code, matched, lost) == (0, load.opens, {})
+        assert 0 < before.arrived == during.arrived < sum(counts.values()) == passed and before.opens < during.opens
+        figures(seconds_without_packets=length(1.5, 30), received_before=before, during=during, opens=load.opens, matched=matched,
+                passed=passed, received_once=sum(counts.values()), lost=0, alerts_sent_twice=doubles)
 
-    @pytest.mark.parametrize("server, tls, said", [
-        ("server", {"ca": "other-ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
-        ("expired", {"ca": "ca.pem"}, "certificate has expired|CERTIFICATE_VERIFY_FAILED"),  # as grpcio's version says it
-        ("elsewhere", {"ca": "ca.pem"}, "Hostname Verification Check failed|not in peer certificate"),
-        ("server with clients", {"ca": "ca.pem"}, "UNAVAILABLE"),
+    @pytest.mark.parametrize("server, said", [
+        ("foreign", "CERTIFICATE_VERIFY_FAILED"),
+        ("expired", "certificate has expired|CERTIFICATE_VERIFY_FAILED"),  # as grpcio's version says it
+        ("elsewhere", "Hostname Verification Check failed|not in peer certificate"),
+        ("server with clients", "UNAVAILABLE"),
     ], ids=["wrong CA", "expired", "wrong name", "missing client certificate"])
-    def test_tls(self, generated, certificates, monkeypatch, capsys, server, tls, said):
+    def test_tls(self, generated, certificates, monkeypatch, capsys, server, said):
+        """All is well, then not, then well again, and at the end not."""
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.3)
+        monkeypatch.setattr(traceleft, "BACKOFF_MAX", traceleft.BACKOFF_MIN)
         name, _, clients = server.partition(" with ")
-        with ProtoServer(generated, credentials=server_credentials(certificates, name, bool(clients))) as receiver:
-            options = {"tls": {key: f"{certificates}/{file}" for key, file in tls.items()}}
-            aggregator = Aggregator(grpc_spec(receiver.port, options))
-            for second in range(3):
-                aggregator.add(an_open())
-                aggregator.flush(float(second))
-            wait_until(lambda: aggregator.channels["1"].figures()["failures"], "an error")
-            aggregator.close()
-        assert receiver.metrics == [] and aggregator.summary()["balanced"]
+        port, received, moments = free_port(), 0, []
+        aggregator = Aggregator(grpc_spec(port, {"tls": {"ca": f"{certificates}/ca.pem"}}))
+        channel = aggregator.channels["1"]
+        for good in (True, False, True, False):
+            credentials = server_credentials(certificates) if good else server_credentials(certificates, name, bool(clients))
+            with ProtoServer(generated, port, credentials) as receiver:
+                failures = channel.figures()["failures"]
+                for _ in range(3):
+                    aggregator.add(an_open())
+                    aggregator.flush(1.0)
+                wait_until(lambda: not channel.figures()["queued"] if good else  # noqa: B023
+                           channel.figures()["failures"] > failures + 1, "delivered" if good else "errors")  # noqa: B023
+                received += len(receiver.metrics)
+                moments.append((aggregator.accounts["open-0"].passed, received))
+                if len(moments) == 4:
+                    aggregator.close()
+        assert moments == [(3, 3), (6, 3), (9, 9), (12, 9)] and aggregator.summary()["balanced"]
         assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 3}
-        first, *_ = lines = capsys.readouterr().err.splitlines()
-        assert re.search(said, first) and len(lines) == 2
-        figures(passed=3, received=0, lost=aggregator.accounts["open-0"].lost, said=re.search(said, first)[0])
+        first, well, again, end = capsys.readouterr().err.splitlines()
+        assert re.search(said, first) and re.search(said, again)
+        assert "acknowledges again" in well and "3 alerts were not acknowledged and are lost" in end
+        figures(passed_and_received=moments, lost=aggregator.accounts["open-0"].lost, said=re.search(said, first)[0])
 
     def test_the_disk_is_full_and_then_free(self, tmp_path):
         names, disk = self.files(tmp_path, 5), tmp_path / "disk"
@@ -7567,10 +7648,13 @@ class TestFaults:
             folder = os.open(f"/proc/{agent.process.pid}/root{disk}", os.O_RDONLY)  # stays when the namespace is gone
             with Load(*names) as load:
                 wait_until(lambda: os.stat("log", dir_fd=folder).st_size, "the first records")
+                before = moment(load, lambda: written("log", folder))
                 fill = os.open("fill", os.O_WRONLY | os.O_CREAT, dir_fd=folder)
                 wait_until(lambda: self.fills(fill) and any("No space left on device" in line for line in agent.stderr), "a full disk")
                 full = os.stat("log", dir_fd=folder).st_size
+                begin = moment(load, lambda: written("log", folder))
                 time.sleep(length(2, 30))
+                during = moment(load, lambda: written("log", folder))
                 assert os.stat("log", dir_fd=folder).st_size - full < 4096
                 os.close(fill)
                 os.unlink("fill", dir_fd=folder)
@@ -7581,7 +7665,9 @@ class TestFaults:
             os.close(folder)
         matched, passed, lost = totals(output)
         assert (code, matched, count, told, lost) == (0, load.opens, passed, 0, {})
-        figures(seconds_full=length(2, 30), opens=load.opens, matched=matched, passed=passed, written=count, lost=0)
+        assert 0 < before.arrived <= begin.arrived <= during.arrived < count and begin.opens < during.opens
+        figures(seconds_full=length(2, 30), written_before=before, when_it_was_full=begin, at_the_end_of_that=during, opens=load.opens,
+                matched=matched, passed=passed, written=count, lost=0)
 
     @staticmethod
     def fills(fd):
@@ -7599,7 +7685,13 @@ class TestFaults:
         log, precious, names = folder / "log", tmp_path / "precious", self.files(tmp_path, 5)
         precious.write_text("")
         spec = a_spec(channel={"id": "1", "type": "file", "path": str(log)})
-        texts, rounds = [], length(1, 15)
+        texts, rounds, moments = [], length(1, 15), []
+
+        def contents():
+            for text in texts:
+                if hasattr(text, "read"):
+                    text.seek(0)
+                yield text if isinstance(text, str) else text.read() if hasattr(text, "read") else text.read_text()
 
         def settled():
             """Between two seconds' records."""
@@ -7638,77 +7730,133 @@ class TestFaults:
             with Load(*names) as load:
                 for step in steps:
                     settled()
+                    moments.append(moment(load, lambda: logged(log.read_text(), *contents())[0]))
                     step()
             code, output = agent.stop()
         matched, passed, lost = totals(output)
-        count, told = logged(log.read_text(), *(text if isinstance(text, str) else text.read() if hasattr(text, "read") else
-                                                text.read_text() for text in texts))
+        count, told = logged(log.read_text(), *contents())
         for text in texts:
             text.close() if hasattr(text, "close") else None
         assert (code, matched, count, told, lost, precious.read_text()) == (0, load.opens, passed, 0, {}, "")
-        figures(steps=len(steps), opens=load.opens, matched=matched, passed=passed, written=count, lost=0, through_the_link=0)
+        arrived = [0, *(found.arrived for found in moments), count]
+        assert all(before < after for before, after in zip(arrived, arrived[1:]))  # after each step something was written
+        figures(steps=len(steps), written_before_the_first=moments[0], before_the_last=moments[-1], opens=load.opens, matched=matched,
+                passed=passed, written=count, lost=0, through_the_link=0)
 
     def test_sigterm_at_random_moments(self, tmp_path):
         names, moments = self.files(tmp_path, 5), length(3, 200)
         spec = write_spec(tmp_path / "spec", many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}), names, ""))
-        found = [0, 0]
-        with Load(*names):
+        found = [0, 0, 0, 0]
+        with Load(*names) as load:
             for _ in range(moments):
+                start = load.done_by(traceleft.boot_time())
                 with Agent("trace", "--spec", spec, "--summary", "-") as agent:
-                    ids = program_ids(agent.process.pid)
+                    ids, ready = program_ids(agent.process.pid), load.begun()
                     time.sleep(random.uniform(0, 1.5))
+                    before, signalled = written(tmp_path / "log"), load.begun()
                     code, output = agent.stop(signal.SIGTERM)
+                end = load.begun()
                 matched, passed, lost = totals(output)
                 count, told = logged((tmp_path / "log").read_text()) if matched else (0, 0)
+                assert signalled - load.each_round - ready <= matched <= end - start and before <= signalled - start
                 (tmp_path / "log").unlink()
                 assert ids and (code, lost, count, told) == (0, {}, passed, 0)
                 assert not any("Traceback" in line for line in agent.stderr)
                 wait_until(lambda ids=ids: not programs_left(ids), "its programs are gone")
-                found[0] += matched
-                found[1] += count
-        figures(moments=moments, matched=found[0], written=found[1], lost=0, programs_left_attached=0)
+                for place, number in enumerate((max(signalled - ready, 0), before, matched, count)):
+                    found[place] += number
+        figures(moments=moments, opened_from_ready_to_signal=found[0], written_before_the_signal=found[1], matched=found[2], written=found[3],
+                lost=0, programs_left_attached=0)
 
-    def test_kill_9_of_the_agent(self, tmp_path):
-        port, names, log = free_port(), self.files(tmp_path, 20), tmp_path / "received"
-        spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool"}}), names))
+    @staticmethod
+    def spooled(folder):
+        """The alerts in a spool, as those of Sink.alerts(); those that are acknowledged may be among them."""
+        found = {}
+        for path in sorted(folder.glob("*.spool")):
+            with contextlib.suppress(FileNotFoundError):  # acknowledged meanwhile
+                for _, entry in traceleft.read_spooled(path.read_bytes()):
+                    metric = traceleft.build_wire()["Metric"].FromString(entry.data)
+                    found[metric.Agent, metric.Sequence] = metric.Count, metric.Time
+        return found
+
+    @pytest.mark.parametrize("collects", [False, True], ids=["no collector", "a collector"])
+    def test_kill_9_of_the_agent(self, tmp_path, collects):
+        """What had been counted at a tick is in the spool or at the collector; what came after the last tick is gone. That
+        there was a tick tells a file, in which the last filter's record of it is."""
+        port, names, log, spool = free_port(), self.files(tmp_path, 20), tmp_path / "received", tmp_path / "spool"
+        spec, witness = many_filters(grpc_spec(port, {"spool": {"dir": str(spool)}}), names, ""), tmp_path / "ticks"
+        spec["channels"].append({"id": "2", "type": "file", "path": str(witness)})
+        spec["events"].append({**a_spec(f"filename == '{names[0]}'")["events"][0], "channel": "2"})
+        spec = write_spec(tmp_path / "spec", spec)
+        kept, gone, latest = {}, 0, 0.0
         kills = length(1, 20)
-        with Load(*names):
-            for number in range(kills):
+        collector = Sink(log, port, delay=0.003) if collects else contextlib.nullcontext()
+        to_boot = traceleft.boot_time() - time.time()
+        with Load(*names) as load, collector as sink:
+
+            def new():
+                """What this run has brought to safety: first the spool, for what leaves it is at the collector."""
+                found = self.spooled(spool)
+                found.update(sink.alerts() if sink else {})
+                return {key: alert for key, alert in found.items() if key not in kept}
+
+            def ticks(alerts):
+                """Of these alerts: when there is one of each filter, in order."""
+                return sorted(at for at, count in collections.Counter(at for _, at in alerts.values()).items() if count == len(names))
+
+            for _ in range(kills):
+                start = load.done_by(traceleft.boot_time())
                 with Agent("trace", "--spec", spec, "--collector-insecure") as agent:
-                    ids = program_ids(agent.process.pid)
-                    wait_until(lambda runs=number: len(list((tmp_path / "spool").glob("*.spool"))) > runs, "something is spooled")
-                    time.sleep(random.uniform(0.5, 1.5))
+                    ids, ready = program_ids(agent.process.pid), load.begun()
+                    wait_until(lambda: len(ticks(new())) > 1, "two ticks")
+                    time.sleep(random.uniform(0, 1.5))
                     agent.process.kill()
+                    agent.process.wait()
+                end, now = load.begun(), time.time()
                 assert ids
                 wait_until(lambda ids=ids: not programs_left(ids), "its programs are gone")
-        spooled = [entry for path in sorted((tmp_path / "spool").glob("*.spool")) for _, entry in traceleft.read_spooled(path.read_bytes())]
+                alerts = new()
+                numbers = sorted(sequence for _, sequence in alerts)
+                assert len({name for name, _ in alerts}) == 1 and numbers == list(range(1, len(numbers) + 1))
+                *earlier, before_last, last = ticks(alerts)
+                assert 0 < witness.read_text().count("\n") <= len(earlier) + 2
+                witness.unlink()
+                count = sum(count for count, _ in alerts.values())
+                assert load.done_by(before_last + to_boot) - ready <= count <= end - start
+                kept.update(alerts)
+                gone, latest = gone + end - load.done_by(last + to_boot), max(latest, now - last)
         with Sink(log, port) as sink, Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-") as agent:
-            wait_until(lambda: len(sink.received()[0]) >= len(spooled), "all that was spooled")
+            wait_until(lambda: kept.keys() <= sink.alerts().keys(), "all that was kept")
             code, output = agent.stop()
-            counts, doubles = sink.received()
-        runs = {}
-        for name, sequence in counts:
-            runs.setdefault(name, []).append(sequence)
-        assert (code, doubles, len(runs)) == (0, 0, kills) and totals(output)[2] == {}
-        assert all(sorted(numbers) == list(range(1, len(numbers) + 1)) for numbers in runs.values())
-        assert sum(counts.values()) == sum(entry.events for entry in spooled) > 0
-        figures(kills=kills, alerts_in_the_spool=len(spooled), received=len(counts), twice=doubles, gaps=0, programs_left_attached=0)
+            received, doubles = sink.alerts(), sink.received()[1]
+        own = {name for name, _ in received} - {name for name, _ in kept}
+        assert code == 0 and totals(output)[2] == {} and len(own) <= 1 and (collects or not doubles)
+        assert {key: alert for key, alert in received.items() if key[0] not in own} == kept
+        assert len({name for name, _ in kept}) == kills
+        figures(kills=kills, opens=load.opens, alerts_kept=len(kept), events_kept=sum(count for count, _ in kept.values()),
+                received=sum(count for count, _ in received.values()), sent_twice=doubles, sequences_missing=0,
+                opened_after_the_last_ticks=gone, longest_after_a_tick=f"{latest:.2f} s", programs_left_attached=0)
 
     def test_sigstop_under_load(self, tmp_path):
         names, seconds = self.files(tmp_path, 5), length(2, 10)
         spec = many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}), names)
         with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--summary", "-") as agent:
             with Load(*names, processes=2) as load:
-                time.sleep(0.5)
+                wait_until(lambda: written(tmp_path / "log"), "the first records")
                 agent.process.send_signal(signal.SIGSTOP)
+                time.sleep(0.1)
+                before = moment(load, lambda: written(tmp_path / "log"))
                 time.sleep(seconds)
+                during = moment(load, lambda: written(tmp_path / "log"))
                 agent.process.send_signal(signal.SIGCONT)
                 time.sleep(0.5)
             code, output = agent.stop()
         matched, passed, lost = totals(output)
         count, told = logged((tmp_path / "log").read_text())
         assert (code, matched, count, told, lost) == (0, load.opens, passed, 0, {})
-        figures(seconds_stopped=seconds, opens=load.opens, matched=matched, passed=passed, written=count, lost=0)
+        assert 0 < before.arrived == during.arrived < count and before.opens < during.opens
+        figures(seconds_stopped=seconds, written_before=before, at_the_end_of_it=during, opens=load.opens, matched=matched, passed=passed,
+                written=count, lost=0)
 
     def test_memory_under_full_load(self, programs, tmp_path):
         """Two processes at full rate, groups included; what Python holds does not grow with the events."""
@@ -7722,6 +7870,7 @@ class TestFaults:
             subprocess.run([programs["opens"], tmp_path / "f", "1000"], check=True)
             time.sleep(1.2)
             sizes, end = [resident_kib(agent.process.pid)], time.monotonic() + seconds
+            before = Moment(1000, written(tmp_path / "log"))
             while time.monotonic() < end:
                 floods = [subprocess.Popen([programs["opens"], tmp_path / "f", str(n)]) for _ in range(2)]
                 assert [flood.wait(length(1, 10) * DEADLINE) for flood in floods] == [0, 0]
@@ -7729,10 +7878,10 @@ class TestFaults:
                 sizes.append(resident_kib(agent.process.pid))
             code, output = agent.stop()
         matched, _, lost = totals(output)
-        assert (code, matched, lost) == (0, 2 * (opens + 1000), {})
+        assert (code, matched, lost) == (0, 2 * (opens + 1000), {}) and before.arrived == 1000 // 100 + 1000 // 3
         assert max(sizes) - sizes[0] < 2048
-        figures(seconds=seconds, opens=opens + 1000, matched_by_each_of_two_filters=matched // 2, KiB_at_first=sizes[0],
-                KiB_at_most=max(sizes), KiB_at_last=sizes[-1])
+        figures(seconds=seconds, written_before=before, opens=opens + 1000, matched_by_each_of_two_filters=matched // 2,
+                KiB_at_first=sizes[0], KiB_at_most=max(sizes), KiB_at_last=sizes[-1])
 
     def test_mutated_specs_and_rules(self):
         """Each is accepted, and then has tables for the kernel and answers of this engine; or is refused with located errors."""
