@@ -1630,14 +1630,103 @@ class TestFileChannel:
     def test_a_log_that_is_renamed_while_it_is_compressed(self, tmp_path, monkeypatch):
         write = traceleft.write_compressed
 
-        def slow(plain, path):
+        def slow(plain, path, flag):
             (tmp_path / "log.1").rename(tmp_path / "log.2")
             (tmp_path / "log.1").write_text("newer")
-            write(plain, path)
+            write(plain, path, flag)
         (tmp_path / "log.1").write_text("older")
         monkeypatch.setattr(traceleft, "write_compressed", slow)
         traceleft.compress_log(f"{tmp_path}/log.1")
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.1": "newer", "log.2": "older"}
+
+    def test_what_another_agent_still_writes_is_compressed_too(self, tmp_path, monkeypatch):
+        """It had looked at the path before the rename: it has the file locked, or finds it gone and writes again."""
+        write, log = traceleft.write_compressed, tmp_path / "log"
+        with self.running(log) as (send, aggregator):
+            send(1)
+            channel = aggregator.channels["1"]
+            threads = []
+
+            def meanwhile(plain, path, flag):
+                write(plain, path, flag)
+                if not threads:
+                    traceleft.lock_log(channel.fd, fcntl.LOCK_SH)
+                    channel.append(b"late\n")
+                    threads.append(threading.Timer(0.2, traceleft.lock_log, (channel.fd, fcntl.LOCK_UN)))
+                    threads[0].start()
+                else:
+                    assert not threads[0].is_alive()  # it has waited
+            monkeypatch.setattr(traceleft, "write_compressed", meanwhile)
+            log.rename(tmp_path / "log.1")
+            monkeypatch.setattr(channel, "follow_path", lambda: None)  # it has looked already
+            traceleft.compress_log(f"{tmp_path}/log.1")
+            send(2)
+        text = importlib.import_module("gzip").decompress((tmp_path / "log.1.gz").read_bytes()).decode()
+        assert text.endswith("late\n") and json.loads(text.splitlines()[0])["count"] == 1
+        assert self.counts(log) == [2] and {path.name for path in tmp_path.iterdir()} == {"log", "log.1.gz"}
+
+    def test_a_lock_that_somebody_else_holds_holds_up_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 3, "gzip": True}) as (send, aggregator):
+            send(1)
+            with (tmp_path / "log").open() as theirs:
+                fcntl.flock(theirs, fcntl.LOCK_EX)
+                send(*[1] * 15)
+                aggregator.channels["1"].rotation.thread.join(DEADLINE)
+        assert self.counts(tmp_path / "log.1", tmp_path / "log") == [1] * 16
+        assert f"cannot compress {tmp_path}/log.1: another process has locked it; it stays as it is" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("gzip", [False, True])
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    def test_names_that_others_have_taken_are_left_out(self, tmp_path, monkeypatch, capsys, gzip):
+        """A folder, and in a folder such as /tmp another user's file, which a root without CAP_FOWNER cannot rename."""
+        folder = tmp_path / "shared"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        os.chown(folder, 1, 1)
+        for name in ("log.1", "log.4"):
+            (folder / name).mkdir()
+            (folder / name / "inner").touch()
+        for name in ("log.2.gz", "log.5"):
+            (folder / name).write_text("theirs")
+            os.chown(folder / name, 1, 1)
+        with self.running(folder / "log", rotate={"max_bytes": 4096, "keep": 2, "gzip": gzip}) as (send, aggregator):
+            for number in range(1, 61):
+                send(number)
+                rotation = aggregator.channels["1"].rotation
+                if rotation.thread:
+                    rotation.thread.join(DEADLINE)
+        own = [f"log.{n}{'.gz' if gzip else ''}" for n in (6, 3)]
+        assert {path.name for path in folder.iterdir()} == {"log", *own, "log.1", "log.4", "log.2.gz", "log.5"}
+        texts = [importlib.import_module("gzip").decompress((folder / name).read_bytes()) if gzip else (folder / name).read_bytes()
+                 for name in own] + [(folder / "log").read_bytes()]
+        counts = [json.loads(line)["count"] for text in texts for line in text.splitlines()]
+        assert counts == list(range(61 - len(counts), 61)) and len(counts) > 15
+        assert capsys.readouterr().err == "" and (folder / "log.5").read_text() == "theirs"
+
+    def test_without_a_name_that_is_free_it_is_said(self, tmp_path, capsys):
+        for number in range(1, 3 + traceleft.MAX_TAKEN):
+            (tmp_path / f"log.{number}").mkdir()
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 2}) as (send, _):
+            send(*[1] * 40)
+        assert self.counts(tmp_path / "log") == [1] * 40
+        assert capsys.readouterr().err == (f"traceleft: cannot rotate {tmp_path}/log: others have taken the names of its old files; "
+                                           "it grows beyond its 4096 bytes\n")
+
+    @pytest.mark.parametrize("gzip", [False, True])
+    def test_rotates_what_a_symlink_leads_to(self, tmp_path, gzip):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "log").symlink_to("real/file")
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 100, "gzip": gzip}) as (send, aggregator):
+            for number in range(1, 41):
+                send(number)
+                rotation = aggregator.channels["1"].rotation
+                if rotation.thread:
+                    rotation.thread.join(DEADLINE)
+        texts = [importlib.import_module("gzip").decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                 for path in (tmp_path / "real").iterdir()]
+        assert sorted(json.loads(line)["count"] for text in texts for line in text.splitlines()) == list(range(1, 41))
+        assert len(texts) > 3 and {path.name for path in tmp_path.iterdir()} == {"log", "real"} and (tmp_path / "log").is_symlink()
 
     def test_a_rotation_that_fails_loses_nothing(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(1, "not today")))
@@ -1977,41 +2066,97 @@ class TestSpool:
     def test_is_bounded(self, tmp_path):
         with self.opened(tmp_path / "s", 65536) as spool:
             taken = [spool.append(self.entry(number)) for number in range(1000)]
-            assert taken.index(False) == 65536 // len(traceleft.pack_spooled(self.entry(0))) and not any(taken[taken.index(False):])
+            assert taken.index(False) == 65536 // self.size and not any(taken[taken.index(False):])
             assert spool.waiting == sum(taken)
+            assert len(list((tmp_path / "s").glob("*.spool"))) == 5  # also when it was asked again and again
+
+    MARK = b"12345678"
+    size = len(traceleft.pack_spooled(traceleft.Queued(0, 0, 0, bytes(100)), MARK))
 
     def test_a_record_that_was_cut_short_is_not_sent(self, tmp_path, capsys):
         """At every byte of the last of three records."""
-        record = traceleft.pack_spooled(self.entry(1))
         with self.opened(tmp_path / "s") as spool:
             for number in range(3):
                 spool.append(self.entry(number))
         (segment,) = (tmp_path / "s").glob("*.spool")
         data = segment.read_bytes()
-        for left in range(2 * len(record), 3 * len(record)):
+        assert len(data) == 3 * self.size
+        for left in range(2 * self.size, 3 * self.size):
             segment.write_bytes(data[:left])
             with self.opened(tmp_path / "s") as spool:
                 assert self.numbers(spool) == [0, 1]
-            assert segment.stat().st_size == 2 * len(record)
-        assert capsys.readouterr().err.count("bytes behind the last whole record of a segment are cut off") == len(record) - 1
+            assert segment.stat().st_size == 2 * self.size
+        said = capsys.readouterr().err
+        assert said.count("bytes behind the last whole record of a segment are cut off") == self.size - 1 and "damaged" not in said
 
-    @settings(max_examples=200, deadline=None)
-    @given(st.integers(0, 3 * 128 - 1), st.integers(1, 255))
+    @settings(max_examples=300, deadline=None)
+    @given(st.integers(0, 3 * 132 - 1), st.integers(1, 255))
     def test_a_record_that_was_changed_is_not_sent(self, place, flip):
-        records = [traceleft.pack_spooled(self.entry(number)) for number in range(3)]
-        size = len(records[0])
-        data = bytearray(b"".join(records))
+        """And the others are: only the mark at the begin of a segment is needed for them all."""
+        data = bytearray(b"".join(traceleft.pack_spooled(self.entry(number), self.MARK) for number in range(3)))
         data[place % len(data)] ^= flip
-        found = [entry.events for _, entry in traceleft.read_spooled(bytes(data))]
-        assert found == list(range(place % len(data) // size))
+        found = [entry.events for _, entry in traceleft.read_spooled(bytes(data), self.MARK) if entry is not None]
+        assert found == [number for number in range(3) if number != place % len(data) // self.size]
 
     @settings(max_examples=200, deadline=None)
     @given(st.binary(max_size=200))
     def test_any_bytes_can_be_read(self, data):
-        assert list(traceleft.read_spooled(data)) == [] or len(data) >= 28
+        assert [entry for _, entry in traceleft.read_spooled(data) if entry is not None] == []
 
-    def test_zeros_that_a_crash_leaves_behind_are_no_records(self):
-        assert list(traceleft.read_spooled(bytes(4096))) == []
+    def test_zeros_that_a_crash_leaves_behind_are_no_records(self, tmp_path):
+        assert {entry for _, entry in traceleft.read_spooled(bytes(4096))} == {None}
+        with self.opened(tmp_path / "s") as spool:
+            spool.append(self.entry(7))
+        (segment,) = (tmp_path / "s").glob("*.spool")
+        segment.write_bytes(segment.read_bytes() + bytes(4096))
+        with self.opened(tmp_path / "s") as spool:
+            assert self.numbers(spool) == [7] and segment.stat().st_size == self.size
+
+    def test_a_damaged_record_is_left_out_and_said(self, tmp_path, capsys):
+        """What is behind it is sent. A record that an event has in its data is none."""
+        forged = traceleft.pack_spooled(self.entry(666), self.MARK)
+        with self.opened(tmp_path / "s") as spool:
+            for number in range(5):
+                spool.append(self.entry(number)._replace(data=forged))
+        (segment,) = (tmp_path / "s").glob("*.spool")
+        data = bytearray(segment.read_bytes())
+        for number in (1, 3):
+            data[len(data) // 5 * number + 10] ^= 1
+        segment.write_bytes(data)
+        with self.opened(tmp_path / "s") as spool:
+            assert self.numbers(spool) == [0, 2, 4] and dict(spool.pending) == {traceleft.EARLIER: 6}
+            spool.pop(2)
+            assert self.numbers(spool) == [4]
+        with self.opened(tmp_path / "s") as spool:
+            assert self.numbers(spool) == [4]
+        assert capsys.readouterr().err == "".join(
+            f"traceleft: {tmp_path}/s: {count} records of an earlier run are damaged, and are left out\n" for count in (2, 1))
+
+    def test_what_is_damaged_during_the_run_is_counted(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        collector = traceleft.Collector("127.0.0.1:0")
+        port, spec = collector.port, grpc_spec(1, {"spool": {"dir": f"{tmp_path}/s"}})
+        spec["channels"][0]["path"] = f"127.0.0.1:{port}"
+        collector.stop()
+        aggregator = Aggregator(spec, insecure=True)
+        for second in range(3):
+            for _ in range(second + 1):
+                aggregator.add(an_open())
+            aggregator.flush(float(second))
+        wait_until(lambda: aggregator.channels["1"].figures()["failures"], "an attempt")
+        (segment,) = (tmp_path / "s").glob("*.spool")
+        data = bytearray(segment.read_bytes())
+        data[len(data) // 2] ^= 1
+        segment.write_bytes(data)
+        collector = traceleft.Collector(f"127.0.0.1:{port}")
+        try:
+            wait_until(lambda: not len(aggregator.channels["1"].backlog), "what is left")
+            aggregator.close()
+        finally:
+            collector.stop()
+        account = aggregator.accounts["open-0"]
+        assert (account.delivered, account.lost) == (4, {"spool_damaged": 2}) and aggregator.summary()["balanced"]
+        assert "1 records are damaged, and are lost" in capsys.readouterr().err
 
     def test_a_torn_cursor_sends_twice_and_leaves_nothing_out(self, tmp_path):
         with self.opened(tmp_path / "s") as spool:
@@ -2026,6 +2171,7 @@ class TestSpool:
                 assert self.numbers(spool) == [0, 1, 2]
 
     def test_a_full_disk_and_a_free_one(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "SPOOL_RETRY", 0.0)
         room = TestFileChannel().disk(monkeypatch)
         with self.opened(tmp_path / "s") as spool:
             assert spool.append(self.entry(1))
@@ -2034,26 +2180,42 @@ class TestSpool:
             assert self.numbers(spool) == [1]
             room[0] = None
             assert spool.append(self.entry(4))
-            assert self.numbers(spool) == [1, 4]
+            assert self.numbers(spool) == [1, 4] and len(list((tmp_path / "s").glob("*.spool"))) == 1
         with self.opened(tmp_path / "s") as spool:
             assert self.numbers(spool) == [1, 4]
-        assert capsys.readouterr().err == (f"traceleft: cannot write to the spool {tmp_path}/s: No space left on device; alerts "
-                                           "are kept in memory\n")
+        assert capsys.readouterr().err == (
+            f"traceleft: cannot write to the spool {tmp_path}/s: No space left on device; alerts are kept in memory, and written "
+            f"when it works again\ntraceleft: writing to the spool {tmp_path}/s works again\n")
 
-    def test_a_damaged_record_in_the_middle_stops_what_is_behind_it(self, tmp_path):
-        """Until the next start, which cuts it off: order counts more than what is behind."""
+    def test_an_error_that_stays_is_not_met_for_every_alert(self, tmp_path, monkeypatch):
         with self.opened(tmp_path / "s") as spool:
-            for number in range(3):
-                spool.append(self.entry(number))
-            (segment,) = (tmp_path / "s").glob("*.spool")
-            data = bytearray(segment.read_bytes())
-            data[len(data) // 2] ^= 1
-            segment.write_bytes(data)
-            assert self.numbers(spool) == [0]
-            spool.pop(1)
-            with pytest.raises(OSError, match="is damaged"):
-                spool.head(9)
-            assert dict(spool.pending) == {0: 3}
+            monkeypatch.setattr(spool, "write", lambda entry: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            assert not spool.append(self.entry(1))
+            monkeypatch.setattr(spool, "write", lambda entry: pytest.fail("tried again at once"))
+            assert not spool.append(self.entry(2))
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.sampled_from(("append", "head", "pop", "fail", "work"))))
+    def test_whatever_fails_in_between_the_order_stays(self, steps):
+        """Memory and disk in turn, with a batch on its way from either."""
+        with tempfile.TemporaryDirectory() as folder, self.opened(f"{folder}/s") as spool:
+            backlog, write, sent, taken, number = traceleft.Backlog(spool), spool.write, [], [], 0
+            for step in [*steps, "work", "append", "head", "pop", "head", "pop"]:
+                spool.retry_at = None
+                if step == "append":
+                    number += 1
+                    assert backlog.append(self.entry(number))
+                elif step == "head":
+                    taken = [entry.events for entry in backlog.head(3 if len(steps) % 2 else 1000)]
+                elif step == "pop":
+                    backlog.pop(len(taken))
+                    sent, taken = sent + taken, []
+                else:
+                    def fail(_):
+                        raise OSError(5, "Input/output error")
+                    spool.write = fail if step == "fail" else write
+            sent += [entry.events for entry in backlog.head(1000)]
+            assert sent == list(range(1, number + 1)) and not backlog.memory
 
     def test_belongs_to_one_process(self, tmp_path):
         with self.opened(tmp_path / "s"), pytest.raises(traceleft.TraceleftError, match="another agent or channel uses it"):
@@ -2420,6 +2582,87 @@ class TestGrpcChannel:
         assert numbers == [*range(1, len(numbers)), 701]
         assert sum(metric.Count for metric in server.metrics) == 1401 - dropped and server.metrics[-1].Lost == dropped
         assert aggregator.summary()["balanced"]
+
+    def test_a_spool_that_works_again_takes_what_waits_in_memory(self, tmp_path, monkeypatch):
+        """While the collector is away: an agent that is killed then loses none of it."""
+        monkeypatch.setattr(traceleft, "SPOOL_RETRY", 0.0)
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        room = TestFileChannel().disk(monkeypatch)
+        aggregator = self.run_seconds(free_port(), 2, grpc_spec(1, {"spool": {"dir": f"{tmp_path}/spool"}}))
+        backlog = aggregator.channels["1"].backlog
+        wait_until(lambda: aggregator.channels["1"].figures()["failures"], "an attempt")
+        for second in range(2, 6):
+            room[0] = 0 if second < 4 else None
+            aggregator.add(an_open())
+            aggregator.flush(float(second))
+            assert len(backlog.memory) == (second - 1 if second < 4 else 0)
+        (segment,) = (tmp_path / "spool").glob("*.spool")
+        assert len(list(traceleft.read_spooled(segment.read_bytes()))) == 6
+        aggregator.close()
+        assert aggregator.accounts["open-0"].lost == {"in_spool": 8} and aggregator.summary()["balanced"]
+
+    @pytest.mark.parametrize("format", ["collector_spec_pb", "otlp"])
+    @pytest.mark.parametrize("spool", [False, True])
+    def test_a_reload_moves_it(self, generated, tmp_path, monkeypatch, spool, format):
+        """From a collector that is away to another, back, and there again, at once: what waits goes there, too."""
+        monkeypatch.setattr(traceleft, "BACKOFF_MIN", 60.0)  # a move waits for none
+        options = {"spool": {"dir": f"{tmp_path}/spool"}} if spool else {}
+        if format == "otlp":
+            options["format"] = format
+        server = OtlpServer() if format == "otlp" else ProtoServer(generated)
+        with server:
+            specs = [parse_spec(grpc_spec(port, options)) for port in (free_port(), server.port)]
+            aggregator = Aggregator(specs[0], insecure=True)
+            channel = aggregator.channels["1"]
+            for second, turn in enumerate((0, 0, 1, 0, 1, 1)):
+                channels = aggregator.open_channels(specs[turn])
+                aggregator.reload(specs[turn], frozenset(), channels, {})
+                aggregator.retire(float(second))
+                aggregator.add(an_open())
+                aggregator.flush(float(second))
+                assert aggregator.channels == {"1": channel} and channel.spec == specs[turn].channels[0]
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 6, "all of them")
+            aggregator.close()
+        assert aggregator.accounts["open-0"].lost == {} and aggregator.summary()["balanced"]
+        if format != "otlp":
+            assert [metric.Sequence for metric in server.metrics] == [1, 2, 3, 4, 5, 6]
+
+    def test_a_reload_takes_a_spool_over_from_a_channel_that_is_gone(self, tmp_path, monkeypatch):
+        """Away and back within the seconds in which it still tries to deliver."""
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
+        log = {"id": "2", "type": "file", "path": f"{tmp_path}/log"}
+        with_spool = parse_spec(grpc_spec(free_port(), {"spool": {"dir": f"{tmp_path}/spool"}}))
+        without = parse_spec(edit(a_spec(channel=log), "events", channel="2"))
+        aggregator = Aggregator(with_spool, insecure=True)
+        aggregator.add(an_open())
+        aggregator.flush(1.0)
+        for spec in (without, with_spool):
+            aggregator.reload(spec, frozenset(), aggregator.open_channels(spec), {})
+            aggregator.retire(2.0)
+        assert aggregator.channels["1"].backlog.spool.waiting == 1
+        assert aggregator.accounts["open-0"].lost == {"in_spool": 1}
+        aggregator.close()
+
+    def test_a_reload_with_files_that_are_no_good_leaves_it_where_it_was(self, tmp_path):
+        spool = {"dir": f"{tmp_path}/spool"}
+        aggregator = Aggregator(grpc_spec(free_port(), {"spool": spool}), insecure=True)
+        with pytest.raises(traceleft.TraceleftError, match="cannot read token_file"):
+            aggregator.insecure = False
+            aggregator.open_channels(parse_spec(grpc_spec(1, {"spool": spool, "token_file": f"{tmp_path}/none",
+                                                              "tls": {"server_name": "x"}})))
+        assert aggregator.channels["1"].spec.token_file == ""
+        aggregator.close()
+
+    def test_a_reload_with_a_new_filter_sends_its_samples(self):
+        with OtlpServer() as server:
+            specs = [parse_spec(otlp_spec(server.port, id=name)) for name in ("a", "b")]
+            aggregator = Aggregator(specs[0], insecure=True)
+            aggregator.reload(specs[1], frozenset(), aggregator.open_channels(specs[1]), {})
+            aggregator.retire(1.0)
+            aggregator.add(an_open())
+            aggregator.flush(2.0)
+            aggregator.close()
+        assert aggregator.accounts["b"].delivered == 1 and aggregator.channels["1"].samples["b"].delivered == 1
 
     def test_what_is_in_memory_at_the_end_goes_to_the_spool_if_it_fits(self, tmp_path, monkeypatch):
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
@@ -3494,6 +3737,28 @@ class TestReload:
                 assert process.wait(DEADLINE) == 0
                 _, output = agent.stop()
         assert {row["id"]: row["matched"] for row in json.loads(output)["filters"]}["closes"] == 1
+
+    def test_a_collector_that_has_moved(self, programs, tmp_path):
+        """Under load, with a spool: what waited for the one that is gone, and what comes, goes to the other, once."""
+        ports, log = (free_port(), free_port()), tmp_path / "received"
+
+        def write(port):
+            spec = grpc_spec(port, {"spool": {"dir": f"{tmp_path}/spool"}})
+            return write_spec(tmp_path / "new", {**spec, "events": [self.a_filter(tmp_path, "a", format="collector_spec_pb")]}).rename(
+                tmp_path / "spec")
+        with contextlib.ExitStack() as stack, Agent("trace", "--spec", write(ports[0]), "--collector-insecure", "--summary", "-") as agent:
+            with Load(tmp_path / "f") as load:
+                wait_until(lambda: list((tmp_path / "spool").glob("*.spool")), "something is spooled")
+                sink = stack.enter_context(Sink(log, ports[1]))
+                write(ports[1])
+                self.reload(agent)
+                wait_until(lambda: sink.received()[0], "an alert")
+                before = sum(sink.received()[0].values())
+            code, output = agent.stop()
+            counts, doubles = sink.received()
+        (row,) = json.loads(output)["filters"]
+        assert (code, row["lost"], doubles) == (0, {}, 0) and load.opens == row["matched"] == sum(counts.values()) > before > 0
+        assert sorted(sequence for _, sequence in counts) == list(range(1, len(counts) + 1))
 
     @pytest.mark.parametrize("text, error", [
         ("", "the file is empty"),
@@ -7775,6 +8040,8 @@ class TestFaults:
         for path in sorted(folder.glob("*.spool")):
             with contextlib.suppress(FileNotFoundError):  # acknowledged meanwhile
                 for _, entry in traceleft.read_spooled(path.read_bytes()):
+                    if entry is None:  # torn
+                        continue
                     metric = traceleft.build_wire()["Metric"].FromString(entry.data)
                     found[metric.Agent, metric.Sequence] = metric.Count, metric.Time
         return found

@@ -3377,6 +3377,7 @@ def format_accounting(accounts: Sequence[Account]) -> List[str]:
 # Log files: opened so that nobody else decides where root writes, and rotated
 # ======================================================================================================================
 
+MAX_TAKEN = 100  # names of old files that others may have taken, and that are left out
 MAX_LINKS = 40  # symlinks in one path, as MAXSYMLINKS in include/linux/namei.h
 LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -3474,7 +3475,10 @@ def open_log(path: str) -> int:
 
 
 class Rotation:
-    """Keeps a file below a size: it becomes PATH.1, PATH.1 becomes PATH.2, and so on, compressed in the background."""
+    """Keeps a file below a size: it becomes PATH.1, PATH.1 becomes PATH.2, and so on, compressed in the background.
+
+    A number whose name somebody else has taken is left out. Behind a symlink, it is its target that is renamed.
+    """
 
     def __init__(self, path: str, spec: RotateSpec) -> None:
         self.path, self.spec = path, spec
@@ -3488,11 +3492,11 @@ class Rotation:
 
     def rotate(self, fd: int) -> bool:
         """Whether it was done, or another process has done it: then the path has to be opened again."""
+        path, newest = os.path.realpath(self.path), ""
         try:
-            with locked_directory(self.path):
-                mine = os.path.samestat(os.stat(self.path), os.fstat(fd))
-                if mine:
-                    self.shift()
+            with locked_directory(path):
+                if os.path.samestat(os.stat(path), os.fstat(fd)):
+                    newest = self.shift(path)
         except OSError as error:
             if not self.failing:
                 say(f"cannot rotate {escape(self.path)}: {error.strerror}; it grows beyond its {self.spec.max_bytes} "
@@ -3500,23 +3504,39 @@ class Rotation:
             self.failing = True
             return False
         self.failing = False
-        if mine and self.spec.gzip:
-            self.thread = threading.Thread(target=compress_log, args=(f"{self.path}.1",), name="gzip", daemon=True)
+        if newest and self.spec.gzip:
+            self.thread = threading.Thread(target=compress_log, args=(newest,), name="gzip", daemon=True)
             self.thread.start()
         return True
 
-    def shift(self) -> None:
+    def shift(self, path: str) -> str:
         """Renames from the oldest on, so that a crash in between loses none but the one that is too old."""
-        for number in range(self.spec.keep, 0, -1):
-            for suffix in ("", ".gz"):
-                old = f"{self.path}.{number}{suffix}"
-                if not os.path.lexists(old):
-                    continue
-                if number == self.spec.keep:
-                    os.unlink(old)
-                else:
-                    os.rename(old, f"{self.path}.{number + 1}{suffix}")
-        os.rename(self.path, f"{self.path}.1")
+        names = [path, *self.free_names(path)]
+        if len(names) == 1:
+            raise OSError(errno.EEXIST, "others have taken the names of its old files")
+        for suffix in ("", ".gz"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(names[-1] + suffix)
+            for old, new in zip(names[-2:0:-1], names[:1:-1]):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(old + suffix, new + suffix)
+        os.rename(path, names[1])
+        return names[1]
+
+    def free_names(self, path: str) -> List[str]:
+        """PATH.1, PATH.2 and so on, as many as are kept; not where a folder is, or a file that we may not rename."""
+        directory = os.stat(os.path.dirname(path))
+        own = not directory.st_mode & stat.S_ISVTX or directory.st_uid == os.geteuid()
+
+        def is_free(name: str) -> bool:
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(name)
+                return not stat.S_ISDIR(found.st_mode) and (own or found.st_uid == os.geteuid())
+            return True
+
+        names = (f"{path}.{number}" for number in range(1, self.spec.keep + MAX_TAKEN + 1))
+        return list(itertools.islice((name for name in names if is_free(name) and is_free(f"{name}.gz")),
+                                     self.spec.keep))
 
     def close(self) -> None:
         if self.thread is not None:
@@ -3534,14 +3554,28 @@ def locked_directory(path: str) -> Iterator[None]:
         os.close(directory)
 
 
+def lock_log(fd: int, how: int) -> bool:
+    """Whether flock(2) took it, which others may prevent. Writers share a file, compress_log() has it alone."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 def compress_log(path: str) -> None:
     """Replaces the file by PATH.gz. On failure, or when it has been renamed meanwhile, it stays as it is."""
     temporary = f"{path}.gz.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as plain:
-            write_compressed(plain, temporary)
+            write_compressed(plain, temporary, os.O_EXCL)
+            deadline = time.monotonic() + CLOSE_TIMEOUT
+            while not lock_log(plain.fileno(), fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise OSError(errno.EBUSY, "another process has locked it")
+                time.sleep(0.01)
             with locked_directory(path):
                 if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):
+                    write_compressed(plain, temporary, os.O_APPEND)  # what another agent has written meanwhile
                     os.rename(temporary, f"{path}.gz")
                     os.unlink(path)
     except OSError as error:
@@ -3550,10 +3584,10 @@ def compress_log(path: str) -> None:
         os.unlink(temporary)
 
 
-def write_compressed(plain: Any, path: str) -> None:
-    """Copies an open file into a new one that only this user can read. Raises OSError."""
+def write_compressed(plain: Any, path: str, flag: int) -> None:
+    """Adds the rest of an open file to one that only this user can read. Raises OSError."""
     gzip = importlib.import_module("gzip")
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flag, 0o600)
     with os.fdopen(target, "wb") as raw, gzip.GzipFile("", "wb", 6, raw) as compressed:
         shutil.copyfileobj(plain, compressed, 1 << 20)
 
@@ -3602,6 +3636,13 @@ class Channel:
 
     def reopen(self) -> None:
         """What is written from now on goes to what the path names now."""
+
+    def moves_to(self, spec: ChannelSpec) -> bool:
+        """Whether move() takes it to what another spec says; else another channel takes its place."""
+        return False
+
+    def move(self, spec: ChannelSpec) -> None:
+        """What is pending and what comes goes where the spec says, in which problem() has found nothing."""
 
     def figures(self) -> Dict[str, int]:
         """The channel at work, for metrics: what waits now, and totals of what was tried."""
@@ -3773,10 +3814,16 @@ class FileChannel(Channel):
         self.follow_path()
         if self.rotation is not None and self.rotation.is_due(self.fd, len(data)) and self.rotation.rotate(self.fd):
             self.reopen()
-        self.append(data)
-        if os.fstat(self.fd).st_nlink == 0:  # removed since we looked: what was written now is in no file
-            self.reopen()
+        if not lock_log(self.fd, fcntl.LOCK_SH):
+            self.follow_path()  # perhaps another agent has renamed it, and compresses it now
+            lock_log(self.fd, fcntl.LOCK_SH)
+        try:
             self.append(data)
+            if os.fstat(self.fd).st_nlink == 0:  # removed since we looked: what was written now is in no file
+                self.reopen()
+                self.append(data)
+        finally:
+            lock_log(self.fd, fcntl.LOCK_UN)
 
     def append(self, data: bytes) -> None:
         """One write."""
@@ -4051,10 +4098,12 @@ def wire_text(text: str) -> str:
 # ======================================================================================================================
 
 EARLIER = -1                          # owner of what an earlier run has left behind
+SPOOL_MARK_BYTES = 8                  # random ones before each record of a segment: no event can forge them
 SPOOL_RECORD = struct.Struct("<II")   # bytes of the body, and their CRC-32
 SPOOL_BODY = struct.Struct("<iQQ")    # owner, count and lost, before the data
 SPOOL_CURSOR = struct.Struct("<QQI")  # segment, offset, and the CRC-32 of these two
 SPOOL_SEGMENT_BYTES = 1 << 20         # a segment is removed as a whole, so that no more than this is kept for nothing
+SPOOL_RETRY = 1.0                     # seconds after a failed write until another is tried
 SPOOL_FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 SEGMENT_NAME = re.compile(r"([0-9]{12})\.spool")
 
@@ -4068,24 +4117,35 @@ class Queued(NamedTuple):
     data: bytes   # as it is sent
 
 
-def pack_spooled(entry: Queued) -> bytes:
-    """A record of a spool."""
+def pack_spooled(entry: Queued, mark: bytes) -> bytes:
+    """A record of a segment, which has the mark before each of them."""
     body = SPOOL_BODY.pack(entry.owner, entry.events, entry.lost) + entry.data
-    return SPOOL_RECORD.pack(len(body), zlib.crc32(body)) + body
+    return mark + SPOOL_RECORD.pack(len(body), zlib.crc32(body)) + body
 
 
-def read_spooled(data: bytes) -> Iterator[Tuple[int, Queued]]:
-    """The records that are whole, up to the first one that is not, each with the offset of its end."""
-    offset = 0
-    while offset + SPOOL_RECORD.size <= len(data):
-        length, checksum = SPOOL_RECORD.unpack_from(data, offset)
-        offset += SPOOL_RECORD.size
-        body = data[offset:offset + length]
-        if not SPOOL_BODY.size <= length == len(body) or zlib.crc32(body) != checksum:
-            return
-        offset += length
-        owner, events, lost = SPOOL_BODY.unpack_from(body)
-        yield offset, Queued(owner, events, lost, body[SPOOL_BODY.size:])
+def read_spooled(data: bytes, mark: bytes = b"") -> Iterator[Tuple[int, Optional[Queued]]]:
+    """A segment's records, each with the offset of its end; None for one that is not whole, which has none.
+
+    `mark` is what the segment begins with, for data that begins behind that.
+    """
+    mark = mark or data[:SPOOL_MARK_BYTES]
+    offset = data.find(mark) if mark else -1
+    while offset >= 0:
+        end, entry = read_record(data, offset + len(mark))
+        yield end, entry
+        offset = data.find(mark, end)
+
+
+def read_record(data: bytes, begin: int) -> Tuple[int, Optional[Queued]]:
+    """The record behind a mark and the offset of its end; None and `begin` when it is not whole."""
+    body_begin = begin + SPOOL_RECORD.size
+    if body_begin <= len(data):
+        length, checksum = SPOOL_RECORD.unpack_from(data, begin)
+        body = data[body_begin:body_begin + length]
+        if SPOOL_BODY.size <= length == len(body) and zlib.crc32(body) == checksum:
+            owner, events, lost = SPOOL_BODY.unpack_from(body)
+            return body_begin + length, Queued(owner, events, lost, body[SPOOL_BODY.size:])
+    return begin, None
 
 
 def check_spool(found: os.stat_result) -> None:
@@ -4161,13 +4221,14 @@ class Spool:
     def __init__(self, path: str, max_bytes: int) -> None:
         self.path, self.max_bytes = path, max_bytes
         self.segment_bytes = min(SPOOL_SEGMENT_BYTES, max_bytes // 4)
-        self.sizes: Dict[int, int] = {}  # segment -> bytes of whole records, ascending
+        self.sizes: Dict[int, int] = {}  # segment -> bytes up to the end of its last whole record, ascending
+        self.marks: Dict[int, bytes] = {}
         self.waiting = 0                 # records behind the cursor
         self.pending: Dict[int, int] = collections.defaultdict(int)  # owner -> sum of count of these
         self.cursor = (0, 0)             # segment and offset of the oldest record that waits
         self.ends: List[Tuple[int, int, Queued]] = []  # of what head() has returned: segment, end, entry
         self.directory = self.lock = self.writer = self.cursor_file = -1
-        self.failing = False
+        self.retry_at: Optional[float] = None  # after a failed write, monotonic seconds
 
     def open(self) -> None:
         """Takes over what an earlier run has left behind. Raises OSError."""
@@ -4192,13 +4253,20 @@ class Spool:
         return 0, 0  # then something is sent twice, and nothing is left out
 
     def take_over(self, segment: int) -> None:
-        """Notes what waits in a segment; a record at its end that is not whole is cut off."""
+        """Notes what waits in a segment; says what is damaged, and cuts off what is behind the last whole record."""
         data = self.read(segment, 0)
-        end = 0
-        for end, entry in read_spooled(data):
+        end = damaged = torn = 0  # records that are not whole: before the last one that is, and behind it
+        self.marks[segment] = data[:SPOOL_MARK_BYTES]
+        for record_end, entry in read_spooled(data, self.marks[segment]):
+            if entry is None:
+                torn += (segment, record_end) > self.cursor
+                continue
+            end, damaged, torn = record_end, damaged + torn, 0
             if (segment, end) > self.cursor:
                 self.waiting += 1
                 self.pending[EARLIER] += entry.events
+        if damaged:
+            say(f"{escape(self.path)}: {damaged} records of an earlier run are damaged, and are left out")
         if end < len(data):
             say(f"{escape(self.path)}: {len(data) - end} bytes behind the last whole record of a segment are cut off")
             fd = self.open_segment(segment, os.O_RDWR)
@@ -4219,39 +4287,49 @@ class Spool:
 
     def append(self, entry: Queued) -> bool:
         """Whether it is on disk now; not, when the directory is full or cannot be written."""
-        record = pack_spooled(entry)
-        if sum(self.sizes.values()) + len(record) > self.max_bytes:
+        if self.retry_at is not None and time.monotonic() < self.retry_at:
             return False
         try:
-            self.write(record)
+            if not self.write(entry):
+                return False
         except OSError as error:
-            if not self.failing:
-                say(f"cannot write to the spool {escape(self.path)}: {error.strerror}; alerts are kept in memory")
-            self.failing = True
+            if self.retry_at is None:
+                say(f"cannot write to the spool {escape(self.path)}: {error.strerror}; alerts are kept in memory, and "
+                    "written when it works again")
+            self.retry_at = time.monotonic() + SPOOL_RETRY
             return False
-        self.failing = False
+        if self.retry_at is not None:
+            say(f"writing to the spool {escape(self.path)} works again")
+        self.retry_at = None
         self.waiting += 1
         self.pending[entry.owner] += entry.events
         return True
 
-    def write(self, record: bytes) -> None:
-        """All of the record, or OSError and no more than a part that is never read."""
+    def write(self, entry: Queued) -> bool:
+        """Whether there was room. Raises OSError, and then no more than a part is written, which is never read."""
         last = max(self.sizes, default=0)
+        record = pack_spooled(entry, self.marks.get(last, b""))
         if self.writer < 0 or self.sizes[last] + len(record) > self.segment_bytes:
+            last, mark = max(last + 1, self.own), os.urandom(SPOOL_MARK_BYTES)
+            record = pack_spooled(entry, mark)
+        if sum(self.sizes.values()) + len(record) > self.max_bytes:
+            return False
+        if last not in self.sizes:
             self.close_writer()
-            last = max(last + 1, self.own)
             self.writer = self.open_segment(last, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-            self.sizes[last] = 0
+            self.sizes[last], self.marks[last] = 0, mark
         try:
             written = os.write(self.writer, record)
             if written < len(record):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
-            with contextlib.suppress(OSError):
+            try:
                 os.ftruncate(self.writer, self.sizes[last])
-            self.close_writer()  # the next record begins another segment, whatever is at the end of this one
+            except OSError:  # the next record begins another segment, whatever is at the end of this one
+                self.close_writer()
             raise
         self.sizes[last] += len(record)
+        return True
 
     def duplicate_writer(self) -> int:
         """A descriptor of its own of the segment that is written to, for sync_and_close(); -1: there is none."""
@@ -4263,24 +4341,29 @@ class Spool:
             self.writer = -1
 
     def head(self, limit: int) -> List[Queued]:
-        """The oldest records that wait. Raises OSError when they cannot be read."""
+        """The oldest records that wait and are whole. Raises OSError when they cannot be read."""
         self.ends = []
         segment, offset = self.cursor
         for segment in [number for number in self.sizes if number >= segment]:
             begin = offset if segment == self.cursor[0] else 0
             if begin >= self.sizes[segment]:
                 continue
-            for end, entry in read_spooled(self.read(segment, begin, self.sizes[segment])):
+            for end, entry in read_spooled(self.read(segment, begin, self.sizes[segment]), self.marks[segment]):
+                if entry is None:
+                    continue
                 if segment < self.own:
                     entry = entry._replace(owner=EARLIER)
                 self.ends.append((segment, begin + end, entry))
                 if len(self.ends) == limit:
                     return [entry for _, _, entry in self.ends]
-            if self.ends[-1:] == [] or self.ends[-1][:2] != (segment, self.sizes[segment]):
-                break  # a record is broken: nothing behind it is sent before it
-        if not self.ends and self.waiting:
-            raise OSError(errno.EIO, f"the spool {self.path} is damaged")
         return [entry for _, _, entry in self.ends]
+
+    def give_up(self) -> Dict[int, int]:
+        """Leaves out what waits and head() does not find any more. Returns owner -> sum of count of these."""
+        say(f"{escape(self.path)}: {self.waiting} records are damaged, and are lost")
+        missing, self.pending, self.waiting = self.pending, collections.defaultdict(int), 0
+        self.cursor = max(self.sizes.items())
+        return missing
 
     def pop(self, count: int) -> None:
         """The first `count` of what head() has returned are acknowledged."""
@@ -4298,7 +4381,7 @@ class Spool:
         for segment in [number for number in self.sizes if number < self.cursor[0]]:
             with contextlib.suppress(OSError):
                 os.unlink(f"{segment:012}.spool", dir_fd=self.directory)
-            del self.sizes[segment]
+            del self.sizes[segment], self.marks[segment]
 
     def close(self) -> None:
         sync_and_close(self.duplicate_writer())
@@ -4312,13 +4395,15 @@ class Spool:
 class Backlog:
     """Alerts in strict order: a receiver takes a Sequence below the latest one for something that was sent again.
 
-    They are on disk as long as a spool takes them, the later ones in memory, up to MAX_QUEUE_BYTES.
+    They are on disk as long as a spool takes them, the later ones in memory, up to MAX_QUEUE_BYTES, until it
+    does again.
     """
 
     def __init__(self, spool: Optional[Spool] = None) -> None:
         self.spool = spool
         self.memory: Deque[Queued] = collections.deque()
         self.bytes = 0
+        self.from_spool = False  # where head() has taken from what pop() settles
 
     def __len__(self) -> int:
         return len(self.memory) + self.spooled
@@ -4330,6 +4415,8 @@ class Backlog:
 
     def append(self, entry: Queued) -> bool:
         """Whether there was room for it."""
+        if self.from_spool:  # else what is in memory may be on its way
+            self.spill()
         if self.spool is not None and not self.memory and self.spool.append(entry):
             return True
         if self.bytes + len(entry.data) > MAX_QUEUE_BYTES:
@@ -4339,14 +4426,16 @@ class Backlog:
         return True
 
     def head(self, limit: int) -> List[Queued]:
-        """The oldest ones. Raises OSError when they cannot be read."""
-        if self.spool is not None and self.spooled:
+        """The oldest ones; none, though some wait, when these are all damaged. Raises OSError when it cannot read."""
+        self.spill()
+        self.from_spool = self.spooled > 0
+        if self.spool is not None and self.from_spool:
             return self.spool.head(limit)
         return list(itertools.islice(self.memory, limit))
 
     def pop(self, count: int) -> None:
         """The first `count` of what head() has returned are settled."""
-        if self.spool is not None and self.spooled:
+        if self.spool is not None and self.from_spool:
             self.spool.pop(count)
             return
         for _ in range(count):
@@ -4415,7 +4504,7 @@ class GrpcChannel(Channel):
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
         super().__init__(spec, accounts)
-        self.name = spec.path  # in messages
+        self.name = self.title(spec)
         self.insecure = insecure
         self.owners: List[Account] = []
         self.owner_numbers: Dict[Account, int] = {}
@@ -4430,6 +4519,7 @@ class GrpcChannel(Channel):
         self.call: Any = None
         self.token = ""
         self.stale = False                # the token file cannot be read any more
+        self.moved = False                # the thread has to connect anew, as the spec says now
         self.said: Set[str] = set()       # kinds of problems that have been said since the last acknowledgement
         self.sends = self.failures = self.reconnects = 0
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
@@ -4585,6 +4675,25 @@ class GrpcChannel(Channel):
             return {"queued": len(self.backlog), "queued_bytes": self.backlog.bytes, "sends": self.sends,
                     "failures": self.failures, "reconnects": self.reconnects}
 
+    def moves_to(self, spec: ChannelSpec) -> bool:
+        return (spec.type, spec.format, spec.spool and spec.spool.dir) == (
+            self.spec.type, self.spec.format, self.spec.spool and self.spec.spool.dir) and (
+            spec.spool is not None or spec.id == self.spec.id)
+
+    def move(self, spec: ChannelSpec) -> None:
+        with self.changed:
+            self.spec, self.name, self.moved = spec, self.title(spec), True
+            if spec.spool is not None and self.backlog.spool is not None:
+                self.backlog.spool.max_bytes = spec.spool.max_bytes
+            self.said.clear()
+            self.changed.notify()
+        if self.call is not None:
+            self.call.cancel()  # what it was sending is sent again
+
+    def title(self, spec: ChannelSpec) -> str:
+        """The channel in messages."""
+        return spec.path
+
     def run(self) -> None:
         """The thread: one stream per flush; after a failure it waits, longer each time, and sends again."""
         backoff = BACKOFF_MIN
@@ -4592,10 +4701,15 @@ class GrpcChannel(Channel):
             batch, problem = self.next_batch()
             if not batch and not problem:
                 return
+            if self.moved:
+                self.moved = False
+                self.reconnect()
             problem = problem or self.send_stream([entry.data for entry in batch]) or ""
             if not problem:
                 self.acknowledged(batch)
                 backoff = BACKOFF_MIN
+                continue
+            if self.moved:
                 continue
             self.failures += 1
             self.report(problem)
@@ -4610,15 +4724,24 @@ class GrpcChannel(Channel):
         with self.changed:
             while True:
                 self.changed.wait_for(lambda: self.flushed or self.deadline is not None)
-                if len(self.backlog) and self.remaining() > 0:
-                    break
-                if self.deadline is not None:
-                    return [], ""
-                self.flushed = False
-            try:
-                return self.take_batch(), ""
-            except OSError as error:
-                return [], error.strerror or "the spool cannot be read"
+                if not len(self.backlog) or self.remaining() <= 0:
+                    if self.deadline is not None:
+                        return [], ""
+                    self.flushed = False
+                    continue
+                try:
+                    batch = self.take_batch()
+                except OSError as error:
+                    return [], error.strerror or "the spool cannot be read"
+                if batch or self.backlog.spool is None:
+                    return batch, ""
+                self.lose_spooled("spool_damaged", self.backlog.spool.give_up())
+
+    def lose_spooled(self, cause: str, counts: Mapping[int, int]) -> None:
+        """Accounts for what is in the spool; `counts` are those of Spool.pending."""
+        for owner, count in counts.items():
+            if count and owner != EARLIER:
+                self.owners[owner].lose(cause, count)
 
     def back_off(self, seconds: float) -> None:
         """Waits, but not any more when the end of the run begins; meanwhile what is spooled gets to the disk."""
@@ -4628,7 +4751,7 @@ class GrpcChannel(Channel):
             sync_and_close(written)  # without the lock: it may take long
         with self.changed:
             closing = self.deadline is not None
-            self.changed.wait_for(lambda: self.deadline is not None and not closing,
+            self.changed.wait_for(lambda: self.moved or self.deadline is not None and not closing,
                                   min(seconds, max(self.remaining(), 0)))
 
     def remaining(self) -> float:
@@ -4686,15 +4809,14 @@ class GrpcChannel(Channel):
 
     def leave(self) -> None:
         """Accounts for what is left: in the spool for the next run, or lost."""
-        self.backlog.spill()
         spool, memory = self.backlog.spool, self.backlog.memory
         if spool is not None:
+            spool.retry_at = None  # now or never
+            self.backlog.spill()
             if spool.waiting:
                 say(f"{escape(self.name)}: {spool.waiting} {self.noun} were not acknowledged, and wait in "
                     f"{escape(spool.path)} for the next run")
-            for owner, count in spool.pending.items():
-                if count and owner != EARLIER:
-                    self.owners[owner].lose("in_spool", count)
+            self.lose_spooled("in_spool", spool.pending)
             spool.close()
         if memory:
             say(f"{escape(self.name)}: {len(memory)} {self.noun} were not acknowledged and are lost")
@@ -4800,10 +4922,12 @@ class OtlpSignal(GrpcChannel):
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool, instance: str) -> None:
         super().__init__(spec, accounts, insecure)
-        self.name = f"{spec.path} ({self.signal})"
         self.instance = instance  # of this run, in the resource: both signals have the same
         self.refusal = ""      # why the server refused the latest request for good, or a part of it
         self.refusing = False  # it has been said
+
+    def title(self, spec: ChannelSpec) -> str:
+        return f"{spec.path} ({self.signal})"
 
     def problem(self) -> Optional[str]:
         problem = super().problem()
@@ -5039,7 +5163,7 @@ class OtlpChannel(Channel):
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
         super().__init__(spec, accounts)
-        self.samples = {name: Account(name, account.event) for name, account in accounts.items()}
+        self.samples: Dict[str, Account] = {}  # filter -> what became of its samples
         instance = str(uuid.uuid4())
         self.parts = (OtlpMetrics(spec, accounts, insecure, instance),
                       OtlpLogs(spec, self.samples, insecure, instance))
@@ -5063,7 +5187,16 @@ class OtlpChannel(Channel):
             metrics.close()
             raise
 
+    def moves_to(self, spec: ChannelSpec) -> bool:
+        return self.parts[0].moves_to(spec)
+
+    def move(self, spec: ChannelSpec) -> None:
+        self.spec = spec
+        for part in self.parts:
+            part.move(spec)
+
     def send(self, alert: Alert) -> None:
+        self.samples.setdefault(alert.filter.id, Account(alert.filter.id, alert.filter.event))
         for part in self.parts:
             part.send(alert)
 
@@ -5171,7 +5304,7 @@ class Aggregator:
         self.set_filters(spec, counted_elsewhere)
         self.retiring: List[Tuple[FilterState, Any]] = []  # filters of the spec before, and their channels
         self.leaving: List[Any] = []                       # its channels that are not used any more
-        self.closing: List[threading.Thread] = []
+        self.closing: List[Tuple[Any, threading.Thread]] = []
         self.earlier: Dict[int, List[FilterState]] = {}    # numbers of that spec's streams -> the filters that see them
         self.channels: Dict[str, Any] = dict(channels) if channels is not None else self.open_channels(spec)
 
@@ -5205,6 +5338,9 @@ class Aggregator:
         """
         self.earlier = {number: self.by_event.get(event, []) for number, event in streams.items()}
         before, self.channels, self.spec = self.channels, dict(channels), spec
+        for member in spec.used_channels:
+            if isinstance(self.channels[member.id], Channel) and self.channels[member.id].spec != member:
+                self.channels[member.id].move(member)
         channel_of = {state.spec.id: before[state.spec.channel] for state in self.states.values()}
         self.retiring = [(state, channel_of[state.spec.id]) for state in self.set_filters(spec, counted_elsewhere)]
         self.leaving = [channel for channel in before.values() if channel not in self.channels.values()]
@@ -5214,24 +5350,31 @@ class Aggregator:
         for state, channel in self.retiring:
             state.tick(now, channel)
         self.retiring, self.earlier = [], {}
+        self.closing = [(channel, thread) for channel, thread in self.closing if thread.is_alive()]
         for channel in self.leaving:
             getattr(channel, "flush", lambda: None)()
             closing = threading.Thread(target=channel.close)  # which may wait for a collector
             closing.start()
-            self.closing.append(closing)
+            self.closing.append((channel, closing))
         self.leaving = []
 
     def open_channels(self, spec: Spec) -> Dict[str, Any]:
-        """The channels that the spec's filters use, those that are open already as they are; all, or none is opened and
-        a TraceleftError names every bad one."""
-        open_now = {channel.spec: channel for channel in getattr(self, "channels", {}).values()
-                    if isinstance(channel, Channel)}
-        channels = {member.id: open_now.get(member) or make_channel(member, self.accounts, self.insecure)
-                    for member in spec.used_channels}
-        new = [channel for channel in channels.values() if channel not in open_now.values()]
-        problems = [problem for problem in (channel.problem() for channel in new) if problem]
-        if problems:
-            raise TraceleftError(*problems)
+        """The channels that the spec's filters use, those that are open already as they are, also when reload() will
+        move them; all, or none is opened and a TraceleftError names every bad one."""
+        going_on = self.match_channels(spec.used_channels)
+        channels: Dict[str, Any] = {}
+        problems, new = [], []
+        for member in spec.used_channels:
+            channel = going_on.get(member.id) or make_channel(member, self.accounts, self.insecure)
+            channels[member.id] = channel
+            if member.id not in going_on:
+                self.wait_for_spool(member)
+                new.append(channel)
+                problems.append(channel.problem())
+            elif channel.spec != member:  # whose spool is in use already
+                problems.append(make_channel(replace(member, spool=None), {}, self.insecure).problem())
+        if any(problems):
+            raise TraceleftError(*filter(None, problems))
         opened: List[Channel] = []
         for channel in new:
             try:
@@ -5241,6 +5384,25 @@ class Aggregator:
                 raise
             opened.append(channel)
         return channels
+
+    def match_channels(self, wanted: Sequence[ChannelSpec]) -> Dict[str, Channel]:
+        """Which of the open channels are those that are wanted, or can be moved to be."""
+        free = [channel for channel in getattr(self, "channels", {}).values() if isinstance(channel, Channel)]
+        matched: Dict[str, Channel] = {}
+        is_it: Callable[[Channel, ChannelSpec], bool]
+        for is_it in (lambda channel, member: channel.spec == member, lambda channel, member: channel.moves_to(member)):
+            for member in wanted:
+                found = next((channel for channel in free if is_it(channel, member)), None)
+                if member.id not in matched and found is not None:
+                    matched[member.id] = found
+                    free.remove(found)
+        return matched
+
+    def wait_for_spool(self, wanted: ChannelSpec) -> None:
+        """Until a channel that another spec has taken away has left the spool, for CLOSE_TIMEOUT seconds at most."""
+        for channel, thread in getattr(self, "closing", ()):
+            if wanted.spool is not None and channel.spec.spool and channel.spec.spool.dir == wanted.spool.dir:
+                thread.join()
 
     def close_channels(self, channels: Iterable[Any]) -> None:
         """Closes those of them that are not in use."""
@@ -5291,7 +5453,7 @@ class Aggregator:
         for method in ("begin_close", "close"):  # all channels at once
             for channel in self.channels.values():
                 getattr(channel, method, lambda: None)()
-        for closing in self.closing:
+        for _, closing in self.closing:
             closing.join()
 
     def summary(self) -> Dict[str, Any]:
@@ -7521,7 +7683,7 @@ FILTER_FIGURES = ("matched", "passed", "folded", "delivered")
 CHANNEL_FIGURES = ("queued", "queued_bytes", "sends", "failures", "reconnects")  # of Channel.figures()
 # What a channel's alerts can be lost for: said from the start as 0, so that a query sees the first one as an increase.
 LOSS_CAUSES = {"file": ("queue_full", "write_failed"),
-               "grpc": ("queue_full", "not_acknowledged", "rejected", "in_spool"),
+               "grpc": ("queue_full", "not_acknowledged", "rejected", "in_spool", "spool_damaged"),
                "": ("not_written",)}  # printing
 
 assert all(name.endswith(f"_{metric.unit}") for name, metric in METRICS.items() if metric.unit)
