@@ -1896,6 +1896,7 @@ class Proxy:
 
     def __init__(self, port, frozen=False):
         self.port, self.frozen, self.bytes, self.connections = port, frozen, 0, 0
+        self.mute = 0  # of so many connections, the first ones, no answer comes through
         self.listener = socket.create_server(("localhost", 0))
         self.address = self.listener.getsockname()[1]
         self.open = [self.listener]
@@ -1907,16 +1908,22 @@ class Proxy:
             while True:
                 client, _ = self.listener.accept()
                 self.connections += 1
-                server = socket.create_connection(("localhost", self.port))
+                try:
+                    server = socket.create_connection(("localhost", self.port))
+                except OSError:
+                    client.close()
+                    continue
                 self.open += [client, server]
-                for source, target in ((client, server), (server, client)):
-                    threading.Thread(target=self.forward, args=(source, target), daemon=True).start()
+                for source, target, number in ((client, server, sys.maxsize), (server, client, self.connections)):
+                    threading.Thread(target=self.forward, args=(source, target, number), daemon=True).start()
 
-    def forward(self, source, target):
+    def forward(self, source, target, number):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 while self.frozen:
                     time.sleep(0.01)
+                if number <= self.mute:
+                    continue
                 self.bytes += len(data)
                 target.sendall(data)
             target.shutdown(socket.SHUT_RDWR)
@@ -6575,6 +6582,43 @@ class TestCollector:
             server.stop(None).wait()
             collector.stop()
 
+    def test_json_has_all_of_an_alert(self, generated):
+        """Of agents as they are, of those that know the first contract alone, and of those that send what is no time."""
+        messages, services = generated
+        with Agent("collect", "--listen", "localhost:0", "--json") as agent:
+            port = agent.stderr[-1].rpartition(":")[2]
+            spec = grpc_spec(port)
+            spec["events"][0]["output"] = {"metrics": "top_per_sec", "parameters": "k=1;by=comm,uid", "format": "collector_spec_pb"}
+            aggregator = Aggregator(spec, insecure=True)
+            for comm in ("a", "a", "b"):
+                aggregator.add(an_open(comm=comm, pid=4242, ret=3))
+            aggregator.flush(1.5)
+            aggregator.close()
+            with grpc.insecure_channel(f"localhost:{port}") as channel:
+                services.MetricCollectorStub(channel).Process(iter([messages.Metric(Count=2), messages.Metric(Time=float("nan"), Host="x\n")]))
+            code, output = agent.stop()
+        first, old, strange = map(json.loads, output.splitlines())
+        assert first == {
+            "time": "1970-01-01T00:00:01.500Z", "agent": aggregator.channels["1"].agent, "sequence": 1, "host": socket.gethostname(),
+            "filter": "open-0", "event": "open", "stream": "s", "group": "g", "metrics": "top_per_sec", "count": 3, "matched": 3, "lost": 0,
+            "sample": 'pid 4242 a ret 3 filename "/tmp/a.txt" flags 577 mode 438', "kinds": [{"comm": "a", "uid": 0, "count": 2}], "other": 1}
+        assert (old["count"], old["agent"], old["sequence"], old["time"]) == (2, "", 0, "1970-01-01T00:00:00.000Z")
+        assert (strange["time"], strange["host"]) == ("", "x\n")
+        assert code == 0 and agent.stderr[-1] == "total 5 in 3 alerts from 3 host(s)"
+
+    def test_what_cannot_be_shown_is_not_acknowledged(self, generated):
+        """Nobody reads a pipe, which is full then, and closes it."""
+        messages, services = generated
+        with Agent("collect", "--listen", "localhost:0", "--json") as agent:
+            with grpc.insecure_channel(f"localhost:{agent.stderr[-1].rpartition(':')[2]}") as channel:
+                call = services.MetricCollectorStub(channel).Process.future(iter([messages.Metric(Group="x" * 1000)] * 1000))
+                wait_until(lambda: select.select([agent.process.stdout], [], [], 0)[0], "something was written")
+                assert not call.done()
+                agent.process.stdout.close()
+                agent.process.stdout = None
+                assert call.code() == grpc.StatusCode.UNAVAILABLE and call.details() == "the collector cannot write what it receives"
+            assert agent.process.wait(DEADLINE) == 1
+
     def test_tls_client_certificates_and_a_token(self, certificates, tmp_path):
         (tmp_path / "token").write_text("secret")
         (tmp_path / "wrong").write_text("guess")
@@ -7793,6 +7837,49 @@ class TestFaults:
         assert 0 < moments[0].arrived <= moments[-1].arrived < sum(counts.values()) == passed
         figures(kills=len(moments), received_before_the_first=moments[0], before_the_last=moments[-1], opens=load.opens, matched=matched,
                 passed=passed, received_once=sum(counts.values()), lost=0, alerts=len(counts), alerts_sent_twice=doubles)
+
+    def test_collect_is_killed_and_started_again(self, tmp_path):
+        """`collect --json` shows each alert before it acknowledges it: what it is killed in between comes again, to one that
+        knows nothing of it. Killed just then, by a proxy that lets no acknowledgement through, and at random moments."""
+        port, names, shown, moments = free_port(), self.files(tmp_path, 20), tmp_path / "shown", []
+
+        def alerts():
+            return [json.loads(line) for line in shown.read_bytes().rpartition(b"\n")[0].splitlines()]
+
+        def counts():
+            return {(alert["agent"], alert["sequence"]): alert["count"] for alert in alerts()}
+
+        def more(than, what):
+            wait_until(lambda: len(alerts()) > than, what)
+
+        with Proxy(port) as proxy, shown.open("ab") as output, contextlib.ExitStack() as stack:
+            spec = write_spec(tmp_path / "spec", many_filters(grpc_spec(proxy.address), names))
+            agent = stack.enter_context(Agent("trace", "--spec", spec, "--collector-insecure", "--summary", "-"))
+            with Load(*names) as load:
+                for number in range(length(2, 30)):
+                    with Agent("collect", "--json", "--listen", f"localhost:{port}", stdout=output) as collector:
+                        more(len(alerts()), "alerts")
+                        if number % 2:
+                            time.sleep(random.uniform(0, 1.2))
+                        else:
+                            proxy.mute = proxy.connections
+                            more(len(alerts()), "alerts that are not acknowledged")
+                        moments.append(moment(load, lambda: sum(counts().values())))
+                        collector.process.kill()
+            with Agent("collect", "--json", "--listen", f"localhost:{port}", stdout=output) as collector:
+                code, summary = agent.stop()
+                assert collector.stop()[0] == 0
+        matched, passed, lost = totals(summary)
+        assert (code, matched, lost) == (0, load.opens, {})
+        assert 0 < moments[0].arrived <= moments[-1].arrived < sum(counts().values()) == passed
+        latest, again = {}, 0
+        for alert in alerts():  # as README tells: what is not above the agent's latest sequence is a double
+            again += alert["sequence"] <= latest.get(alert["agent"], 0)
+            latest[alert["agent"]] = max(latest.get(alert["agent"], 0), alert["sequence"])
+        assert again == len(alerts()) - len(counts()) > 0
+        assert {sequence for _, sequence in counts()} == set(range(1, max(latest.values()) + 1)) and len(latest) == 1
+        figures(kills=len(moments), shown_before_the_first=moments[0], before_the_last=moments[-1], opens=load.opens, matched=matched,
+                passed=passed, shown_once=sum(counts().values()), alerts=len(counts()), shown_twice=again, lost=0)
 
     @pytest.mark.parametrize("how", ["a port that nobody serves", "a stream that is read"])
     def test_a_collector_that_accepts_and_never_answers(self, tmp_path, how):

@@ -3698,11 +3698,19 @@ def format_text(alert: Alert) -> str:
             + (f"{alert.detail.format()}\n" if alert.detail is not None else "") + "\n")
 
 
+def format_time(at: float) -> str:
+    """RFC 3339, UTC; nothing for what is no time."""
+    try:
+        moment = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
+    except (ValueError, OverflowError, OSError):  # as a stranger has sent it
+        return ""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def format_json(alert: Alert) -> str:
     """One object on one line. Bytes that are no UTF-8 appear as \\udc80 to \\udcff."""
-    moment = datetime.datetime.fromtimestamp(alert.time, datetime.timezone.utc)
     return json.dumps({
-        "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "host": HOSTNAME,
+        "time": format_time(alert.time), "host": HOSTNAME,
         "filter": alert.filter.id, "event": alert.filter.event, "stream": alert.filter.stream,
         "group": alert.filter.group, "metrics": alert.filter.metrics, "count": alert.count, "matched": alert.matched,
         "lost": alert.lost, **(alert.detail.as_json() if alert.detail is not None else {}),
@@ -8069,11 +8077,14 @@ class CollectorTls(NamedTuple):
 class Collector:
     """Counts received Metrics per host and event name; its server runs in threads of grpcio."""
 
-    def __init__(self, address: str, tls: Optional[CollectorTls] = None, token: str = "") -> None:
+    def __init__(self, address: str, tls: Optional[CollectorTls] = None, token: str = "",
+                 show: Optional[Callable[[bytes], bool]] = None) -> None:
         """Listens. Raises HostError without grpcio and TraceleftError when it cannot listen there.
 
-        With a token, only streams that carry it are accepted.
+        With a token, only streams that carry it are accepted. `show` takes alerts as lines of JSON; what it has not
+        taken is not acknowledged.
         """
+        self.show = show
         self.grpc = import_optional("grpc")
         self.wire = build_wire()
         self.lock = threading.Lock()
@@ -8107,9 +8118,12 @@ class Collector:
         self.check_token(context)
         metrics = self.read_stream(stream, context)
         with self.lock:
-            for metric in metrics:
-                if not self.is_double(metric.Agent, metric.Sequence):
-                    self.count(metric, context.peer())
+            new = [metric for metric in metrics if not self.is_double(metric.Agent, metric.Sequence)]
+            shown = self.show is None or self.show(b"".join(metric_json(metric, context.peer()) for metric in new))
+            for metric in new:
+                self.count(metric, context.peer())
+        if not shown:
+            context.abort(self.grpc.StatusCode.UNAVAILABLE, "the collector cannot write what it receives")
         return self.wire["Empty"]()
 
     def read_stream(self, stream: Iterable[Any], context: Any) -> List[Any]:
@@ -8205,6 +8219,20 @@ def format_metric(metric: Any) -> str:
         elif member.name == "SyscallEvent":
             words += [f"{escape(part.Name)} {format_wire('', part.Text or part.Integer)}" for part in message.Arguments]
     return " ".join(filter(None, words))[:MAX_SHOWN_SAMPLE]
+
+
+def metric_json(metric: Any, peer: str) -> bytes:
+    """An alert as one object on one line. What is not above the latest `sequence` of its `agent` was sent again."""
+    shown = {
+        "time": format_time(metric.Time), "agent": metric.Agent, "sequence": metric.Sequence,
+        "host": metric.Host or peer, "filter": metric.Filter, "event": metric.CommonEvent.Name,
+        "stream": metric.Stream, "group": metric.Group, "metrics": metric.Metrics, "count": metric.Count,
+        "matched": metric.Matched, "lost": metric.Lost, "sample": format_metric(metric)}
+    if metric.Kinds:
+        shown["kinds"] = [{**{part.Name: decode_text(part.Text) or part.Integer for part in kind.Fields},
+                           "count": kind.Count} for kind in metric.Kinds]
+        shown["other"] = metric.Other
+    return f"{json.dumps(shown)}\n".encode()
 
 
 def format_wire(name: str, value: Any) -> str:
@@ -8632,8 +8660,13 @@ def run_screen(collector: Collector, stop: StopSignals, where: str) -> None:
 
 
 def run_collector(collector: Collector, stop: StopSignals, output: TextIO, where: str) -> None:
-    """Shows what is received until stopped, on a screen or as lines each second; then the total."""
-    if is_screen(output):
+    """Shows what is received until stopped, on a screen or as lines each second or alert; then the total."""
+    if collector.show is not None:
+        output = sys.stderr  # for the total
+        while not stop.stopped:
+            select.select([stop], [], [], 1.0)
+            collector.cancel_stalled()
+    elif is_screen(output):
         run_screen(collector, stop, where)
         output.write("".join(line + "\n" for line in format_received({}, collector.snapshot(), 1.0, False)))
     else:
@@ -9974,13 +10007,14 @@ def command_collect(options: argparse.Namespace) -> int:
         raise UsageError(f"--listen: {error}") from None
     tls, token = collector_credentials(options)
     with StopSignals() as stop:
-        collector = Collector(options.listen, tls, token)
+        printer = Printer((), stop)
+        collector = Collector(options.listen, tls, token, printer.write if options.json else None)
         say(f"ready: listening on {options.listen.rpartition(':')[0]}:{collector.port}")
         manager = ServiceManager()
         manager.send("READY=1")
         run_collector(collector, stop, sys.stdout, f"{options.listen.rpartition(':')[0]}:{collector.port}")
         manager.close()
-    return 0
+    return 1 if printer.failed else 0
 
 
 def command_check(options: argparse.Namespace) -> int:
@@ -10293,6 +10327,8 @@ def build_parser() -> Parser:
     collect.add_argument("--client-ca", metavar="FILE",
                          help="PEM file of the CAs one of which must have signed the certificate of each agent")
     collect.add_argument("--token-file", metavar="FILE", help="file of the token that each agent must send")
+    collect.add_argument("--json", action="store_true",
+                         help="write each alert to stdout as a line of JSON, before it is acknowledged")
     collect.set_defaults(run=command_collect)
 
     check = commands.add_parser("check", help="validate specs", allow_abbrev=False)
