@@ -718,6 +718,10 @@ class TestRules:
         ("uid == 0 && gid == 0", 9, "write 'and'"), ("uid || gid", 4, "write 'or'"), ("!uid", 0, "write 'not'"),
         ("uid = 0", 4, "write '=='"), ("comm == '&&' && uid", 13, "write 'and'"), ("uid == ", 6, "syntax error"),
         ("(uid", 0, "syntax error"), ("uid is 0", 7, "write '=='"), ("uid == 0 and", 12, "syntax error"),
+        ("uid == 0 or ((gid) in [1]", 12, "'(' was never closed"), ("'é' == (comm pid", 7, "'(' was never closed"),
+        ("(uid ==\n 0", 0, "'(' was never closed"), ("uid in [1, (2", 11, "'(' was never closed"), ("uid == 1)", 8, "unmatched ')'"),
+        ("comm == 'a' or comm == 'b", 23, "unterminated string"), ('(comm == "a\'', 9, "unterminated string"),
+        ("uid gid", 4, "syntax error"), ("uid == 0\nand gid", 9, "syntax error"), ("uid ==", 6, "syntax error"),
         # names
         ("flgs == 1", 0, "did you mean 'flags'"), ("uid == 0 and arg4 == 1", 13, "only 3 arguments"),
         ("ret == -ENOENTT", 8, "did you mean 'ENOENT'"), ("é == 1 or üid == 1", 0, "no field 'é'"),

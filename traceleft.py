@@ -13,13 +13,15 @@ examples:
   traceleft.py doctor                                   what this host has and lacks
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
-if sys.version_info < (3, 9):  # noqa: UP036  3.7 and 3.8 get so far
-    sys.stderr.write("traceleft: Python %d.%d is too old: it needs 3.9 or later\n" % sys.version_info[:2])  # noqa: UP031
+# Python 3.6 to 3.8 parse this file and get so far: it has no `from __future__ import annotations`, which 3.6 does not
+# know, so an annotation quotes the name of what is defined further down. Python 2 parses it up to the line below that
+# says why, and shows that one.
+if sys.version_info < (3, 9):  # noqa: UP036
+    _python = ".".join(map(str, sys.version_info[:2]))
+    sys.stderr.write(f"traceleft: Python {_python} is too old: it needs 3.9 or later\n")
     sys.exit(3)
 if __name__ == "__main__":  # the imports below take a tenth of a second: a signal by then finds nothing to undo
     # A module is never one that lies beside the script or in the current directory: somebody may have put it there.
@@ -1070,7 +1072,7 @@ class Field:
         return lambda event: event.args[index]
 
     @property
-    def halves(self) -> Tuple[Field, ...]:
+    def halves(self) -> "Tuple[Field, ...]":
         """The integers that it is for the kernel side."""
         if self.address_bits <= 64:
             return (self,)
@@ -1082,8 +1084,8 @@ class BitOp:
     """`&`, `|` or `^` of integers, on two's complement of unlimited width, as in Python."""
 
     op: str
-    left: IntExpr
-    right: IntExpr
+    left: "IntExpr"
+    right: "IntExpr"
 
     def getter(self) -> Getter:
         compute, left, right = BIT_OPERATORS[self.op], self.left.getter(), self.right.getter()
@@ -1094,7 +1096,7 @@ class BitOp:
 class Invert:
     """`~` of an integer."""
 
-    operand: IntExpr
+    operand: "IntExpr"
 
     def getter(self) -> Getter:
         operand = self.operand.getter()
@@ -1155,7 +1157,7 @@ class TextTest:
 
 @dataclass(frozen=True)
 class Not:
-    operand: Condition
+    operand: "Condition"
 
     def matcher(self) -> Matcher:
         operand = self.operand.matcher()
@@ -1164,7 +1166,7 @@ class Not:
 
 @dataclass(frozen=True)
 class And:
-    operands: Tuple[Condition, ...]
+    operands: "Tuple[Condition, ...]"
 
     def matcher(self) -> Matcher:
         operands = [operand.matcher() for operand in self.operands]
@@ -1173,7 +1175,7 @@ class And:
 
 @dataclass(frozen=True)
 class Or:
-    operands: Tuple[Condition, ...]
+    operands: "Tuple[Condition, ...]"
 
     def matcher(self) -> Matcher:
         operands = [operand.matcher() for operand in self.operands]
@@ -1227,11 +1229,28 @@ def syntax_error(source: str, error: SyntaxError) -> RuleError:
         match = re.search(pattern, blanked)
         if match:
             return RuleError(hint, source, match.start())
-    lines = source.split("\n")
-    column = len(source)  # where some Pythons give no place, the rule ends too early
-    if error.lineno and error.offset and "EOF" not in error.msg:
-        column = min(column, sum(len(line) + 1 for line in lines[:error.lineno - 1]) + error.offset - 1)
-    return RuleError(f"syntax error: {error.msg}", source, column)
+    message, column = error.msg, len(source)  # where Python gives no place, the rule ends too early
+    if message.startswith(("unexpected EOF", "EOL ")):  # Python 3.9 does not say what the rule leaves open
+        message, column = left_open(blanked) or (message, column)
+    if message == error.msg and error.lineno and error.offset:
+        lines = source.split("\n")
+        place = sum(len(line) + 1 for line in lines[:error.lineno - 1]) + error.offset - 1
+        if place + 1 < column or "EOF" not in message:  # 3.9's place of the end is the last character
+            column = min(column, place)
+    return RuleError(f"syntax error: {message}", source, column)
+
+
+def left_open(blanked: str) -> Optional[Tuple[str, int]]:
+    """What is wrong, and where, in a rule without its whole strings that ends within a string or brackets."""
+    opened = []
+    for match in re.finditer(r"""['"([{)\]}]""", blanked):
+        if match[0] in "'\"":
+            return "unterminated string literal", match.start()
+        if match[0] in "([{":
+            opened.append(match)
+        elif opened:
+            opened.pop()
+    return (f"'{opened[-1][0]}' was never closed", opened[-1].start()) if opened else None
 
 
 def symbols() -> Dict[str, int]:
@@ -2082,7 +2101,7 @@ class PackedOutput(NamedTuple):
 class Alert:
     """One record for a channel. `lost` is how many of the filter's passed events were lost since the alert before."""
 
-    filter: Filter
+    filter: "Filter"
     time: float  # seconds since the Unix epoch
     count: int
     matched: int
@@ -2126,7 +2145,7 @@ class AlertsPerSec:
         """What is to be said of the second that ends; it begins anew."""
         return None
 
-    def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
+    def tick(self, filter: "Filter", now: float, lost: int) -> Optional[Alert]:
         """The alert of the second that ends, if any; `lost` as in Alert."""
         if not self.passed:
             self.matched = 0
@@ -2171,7 +2190,7 @@ class CountsKinds(AlertsPerSec):
     def add(self, matched: int, passed: int, sample: Optional[Event]) -> None:
         super().add(matched, 0 if self.takes else passed, sample)
 
-    def tick(self, filter: Filter, now: float, lost: int) -> Optional[Alert]:
+    def tick(self, filter: "Filter", now: float, lost: int) -> Optional[Alert]:
         self.takes = False
         return super().tick(filter, now, lost)
 
@@ -2312,13 +2331,12 @@ CHANNEL_OPTIONS: Dict[str, Dict[str, type]] = {
 OPTION_RANGES = {  # of the integers in these objects
     ("rotate", "max_bytes"): (4096, 1 << 40), ("rotate", "keep"): (1, 1000), ("spool", "max_bytes"): (65536, 1 << 40),
 }
-OPTION_TYPES: Dict[str, type] = {"str": str, "int": int, "bool": bool}  # annotations are texts here
 ALL_CHANNEL_OPTIONS = {name: kind for options in CHANNEL_OPTIONS.values() for name, kind in options.items()}
 
 
 def option_fields(record: Any) -> Tuple[Dict[str, type], Dict[str, type]]:
     """The required and the optional members of an option that is an object."""
-    kinds = {field.name: OPTION_TYPES[str(field.type)] for field in dataclasses.fields(record)}
+    kinds: Dict[str, Any] = {field.name: field.type for field in dataclasses.fields(record)}
     required = {field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING}
     return ({name: kind for name, kind in kinds.items() if name in required},
             {name: kind for name, kind in kinds.items() if name not in required})
@@ -2352,7 +2370,7 @@ class Filter:
         """What the output function is to the kernel side."""
         return OUTPUTS[self.metrics].pack(**self.output_parameters)
 
-    def counts_as(self, other: Optional[Filter]) -> bool:
+    def counts_as(self, other: "Optional[Filter]") -> bool:
         """Whether both are one filter, and match and count alike, whatever becomes of the alerts."""
         return other is not None and all(getattr(self, name) == getattr(other, name) for name in (
             "id", "event", "rule_text", "processing", "parameters", "metrics",
@@ -2739,7 +2757,7 @@ class Ranges:
     ranges: Tuple[Tuple[int, int], ...]
 
     @staticmethod
-    def of(pairs: Iterable[Tuple[int, int]]) -> Ranges:
+    def of(pairs: Iterable[Tuple[int, int]]) -> "Ranges":
         """The union of (first, last), of which those with first > last are empty."""
         merged: List[Tuple[int, int]] = []
         for first, last in sorted((max(first, 0), min(last, MASK64)) for first, last in pairs):
@@ -2751,14 +2769,14 @@ class Ranges:
                 merged.append((first, last))
         return Ranges(tuple(merged))
 
-    def __invert__(self) -> Ranges:
+    def __invert__(self) -> "Ranges":
         edges = [-1, *itertools.chain.from_iterable(self.ranges), MASK64 + 1]
         return Ranges.of((before + 1, after - 1) for before, after in zip(edges[::2], edges[1::2]))
 
-    def __or__(self, other: Ranges) -> Ranges:
+    def __or__(self, other: "Ranges") -> "Ranges":
         return Ranges.of((*self.ranges, *other.ranges))
 
-    def __and__(self, other: Ranges) -> Ranges:
+    def __and__(self, other: "Ranges") -> "Ranges":
         return ~(~self | ~other)
 
     @property
@@ -2777,17 +2795,17 @@ class Texts:
     texts: FrozenSet[bytes]
     all_but: bool = False
 
-    def __invert__(self) -> Texts:
+    def __invert__(self) -> "Texts":
         return Texts(self.texts, not self.all_but)
 
-    def __and__(self, other: Texts) -> Texts:
+    def __and__(self, other: "Texts") -> "Texts":
         if self.all_but and other.all_but:
             return Texts(self.texts | other.texts, True)
         if self.all_but:
             return Texts(other.texts - self.texts)
         return Texts(self.texts - other.texts if other.all_but else self.texts & other.texts)
 
-    def __or__(self, other: Texts) -> Texts:
+    def __or__(self, other: "Texts") -> "Texts":
         return ~(~self & ~other)
 
     @property
@@ -3043,7 +3061,7 @@ class Tables:
     """The contents of the kernel's maps for a set of filters, or for event types that are streamed whole."""
 
     def __init__(self, filters: Sequence[Filter], streamed: Iterable[str] = (), shown: int = ALL_FIELDS,
-                 previous: Optional[Tables] = None) -> None:
+                 previous: "Optional[Tables]" = None) -> None:
         """`streamed`: events that are streamed whole, beside what the filters count of them.
 
         `shown`: the fields that records carry, a bit of each enum field. With `previous`, filters that are in both have
@@ -6213,7 +6231,7 @@ class Tracer:
     def __init__(self, selectors: Union[str, Iterable[Union[str, Selector]], Mapping[str, Wanted]],
                  tables: Optional[Tables] = None, ring_bytes: Optional[int] = None, verbose: bool = False,
                  follow: bool = False, see_all: Optional[bool] = None, spare_filters: int = 0,
-                 previous: Optional[Tracer] = None) -> None:
+                 previous: "Optional[Tracer]" = None) -> None:
         if isinstance(selectors, Mapping):
             self.plan = dict(selectors)
         else:
@@ -6260,7 +6278,7 @@ class Tracer:
         self.callback_error: Optional[BaseException] = None
         self.sample_callback = SampleCallback(self.take_record)  # referenced as long as libbpf may call it
 
-    def __enter__(self) -> Tracer:
+    def __enter__(self) -> "Tracer":
         try:
             self.load()
             self.attach()
@@ -6588,7 +6606,7 @@ class Tracer:
             raise
         self.succeed(new)
 
-    def succeed(self, new: Tracer) -> None:
+    def succeed(self, new: "Tracer") -> None:
         """Lets another generation see the events, and takes its place."""
         before = self.tables
         finds_owners = "sockets" not in new.taken_over() and any(a.program == "tcp_state" for a in new.attached)
@@ -7219,7 +7237,7 @@ class Recording:
         if not all(isinstance(count, int) for count in self.end["unrecorded"].values()):
             raise ValueError
 
-    take: ClassVar[Dict[int, Callable[[Recording, Block], None]]] = {
+    take: ClassVar[Dict[int, Callable[["Recording", "Block"], None]]] = {
         BLOCK_HEAD: take_head, BLOCK_TYPE: take_type, BLOCK_EVENTS: take_events, BLOCK_END: take_end}
 
     def blocks(self) -> Iterator[Block]:
@@ -7303,7 +7321,7 @@ class StopSignals:
         self.reader.setblocking(False)
         self.writer.setblocking(False)  # as signal.set_wakeup_fd() demands
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         self.old_handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.old_handlers[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self.request_reopen)
         self.old_handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.request_reload)
@@ -7351,7 +7369,7 @@ def boot_time() -> float:
 
 
 def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callable[[], None], stop: StopSignals,
-             duration: Optional[float], watchers: Watchers) -> None:
+             duration: Optional[float], watchers: "Watchers") -> None:
     """Hands over records, calls `tick` as each second ends, until stopped; then detaches and hands over the rest."""
     end = time.monotonic() + duration if duration is not None else float("inf")
     second = boot_time() // 1
@@ -8369,7 +8387,7 @@ class Column(NamedTuple):
     title: str
     least: int
     most: int
-    show: Callable[[ScreenRow, int, CollectorView], str]
+    show: Callable[["ScreenRow", int, "CollectorView"], str]
     align_right: bool = True
 
 
@@ -8534,7 +8552,7 @@ class Terminal:
         self.stale = True    # the terminal may be as somebody else wants it
         self.size = (0, 0)  # of what was painted
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> "Terminal":
         # a Ctrl-\\ would else leave the screen as it is
         handlers = {signal.SIGWINCH: self.wake, signal.SIGCONT: self.resume, signal.SIGTSTP: self.suspend,
                     signal.SIGQUIT: self.stop.stop}
