@@ -39,6 +39,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # its handlers abort, now and then, a child that Python 3.9's subprocess forks
 import grpc
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -51,6 +52,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "traceleft.py"
 DEADLINE = 30.0  # seconds that anything may take before it counts as hanging
 CLEAN_ENVIRONMENT = {**os.environ}  # before any test changes it
+del CLEAN_ENVIRONMENT["GRPC_ENABLE_FORK_SUPPORT"]
 EXAMPLES = sorted(path for path in (HERE / "spec").glob("*.json") if not path.name.endswith(".schema.json"))
 
 live = [pytest.mark.live,
