@@ -1028,6 +1028,17 @@ class TestSpec:
         assert [channel.path for channel in spec.channels] == ["/tmp/traceleft.log", "localhost:50051"]
         assert "channel '2' is used by no filter" in spec.warnings[0]
 
+    @pytest.mark.parametrize("rule, warned", [
+        ("ret == ENOENT", ["a call that fails returns a negative number: ret == -ENOENT, not ENOENT"]),
+        ("ret in (EACCES, -EPERM)", ["a call that fails returns a negative number: ret == -EACCES, not EACCES"]),
+        ("ret == -ENOENT or ret > 2 or flags == O_CREAT", []),
+        ("comm == 'a-thread-of-16-b'", ["'a-thread-of-16-b' is no comm: the kernel keeps 15 bytes of a thread's name"]),
+        ("comm in ('sixteen-bytes-is', 'sh')", ["'sixteen-bytes-is' is no comm: the kernel keeps 15 bytes of a thread's name"]),
+        ("comm == 'fifteen-bytes-i' and filename == 'sixteen-bytes-is'", []), ("", []),
+    ])
+    def test_what_is_hardly_meant_is_warned_of(self, rule, warned):
+        assert [text.partition(": ")[2] for text in parse_spec(a_spec(rule)).warnings] == warned
+
     def test_defaults(self):
         value = a_spec()
         for key in ("stream", "group", "rule"):
@@ -1056,7 +1067,7 @@ class TestSpec:
         (lambda s: edit(s, "channels", id="9"), ["events[0].channel: unknown channel id '1'"]),
         (lambda s: {**s, "channels": s["channels"] * 2}, ["channels[1].id: '1' is already the id of channels[0]"]),
         (lambda s: edit(s, "channels", type="grpc", path="nohost"), ["channels[0].path: expected HOST:PORT", "format"]),
-        (lambda s: edit(s, "channels", type="grpc", path="h:99999"), ["channels[0].path: expected HOST:PORT", "format"]),
+        (lambda s: edit(s, "channels", type="grpc", path="h:99999"), ["channels[0].path: there is no port 99999", "format"]),
         (lambda s: edit(s, "channels", rotate={"max_byte": 1}), [
             "channels[0].rotate.max_byte: unknown key (did you mean 'max_bytes'?)", "rotate: 'max_bytes' is missing"]),
         (lambda s: edit(s, "channels", rotate={"max_bytes": 1, "keep": 0, "gzip": "yes"}), [
@@ -1121,9 +1132,11 @@ class TestSpec:
 
     @pytest.mark.parametrize("data, message", [
         (b"", "empty"), (b" \n", "empty"), (b"{", "line 1 column 2"), (b'{"a": 1,\n "b" 2}', "line 2 column 6"),
-        (b"\xff{}", "not UTF-8: byte 0xff at offset 0"), (b"[" * 100000, "nested too deeply"), (b"\xef\xbb\xbf{}", "not JSON"),
+        (b"\xff{}", "not UTF-8: byte 0xff at offset 0"), (b"[" * 100000, "nested too deeply"), (b"\xef\xbb\xbf[1]", "expected an object"),
         (b'{"a": 1, "a": 2}', "a: stands twice"), (b'{"events": NaN}', "NaN is no JSON value"), (b"[1" + b"1" * 5000 + b"]", ""),
-        (b'{"channels": [], "events": []} x', "line 1 column 32"),
+        (b'{"channels": [], "events": []} x', "line 1 column 32"), (b'{\n  // mine\n}', "JSON has no comments"),
+        (b'{"a": 1, # mine\n}', "JSON has no comments"), (b"{'a': 1}", "JSON's strings are in double quotes"),
+        pytest.param(b'{"a": [1, 2,]}', "omma", id="a comma too many"),
     ])
     def test_what_is_not_a_spec(self, tmp_path, data, message):
         (tmp_path / "spec").write_bytes(data)
@@ -1189,7 +1202,7 @@ class TestSchema:
 
     BEYOND = re.compile(  # what errors speak of that no schema can tell
         r"filters are too many|unknown channel id|is already the (id|spool)|stands (twice|in)|has no field|format for a (file|grpc) channel|"
-        r"rule: (syntax|write)|expected HOST:PORT")
+        r"rule: (syntax|write)|expected HOST:PORT|there is no port")
 
     def test_the_file_is_what_the_program_prints(self):
         assert (HERE / "spec/aggregator-spec.schema.json").read_text() == run("schema").stdout, \
@@ -7299,7 +7312,16 @@ class TestDoctor:
         monkeypatch.setattr(traceleft, "TRIALS", ())
         monkeypatch.setitem(sys.modules, "grpc", None)
         assert traceleft.main(["doctor"]) == 0
-        assert re.search("^-    grpcio .*apt-get install python3-grpcio", capsys.readouterr().out, re.M)
+        assert re.search(f"^-    grpcio .*: {sys.executable} -m pip install grpcio protobuf$", capsys.readouterr().out, re.M)
+        monkeypatch.setattr(sys, "prefix", "/usr")
+        with pytest.raises(traceleft.HostError, match="apt-get install python3-grpcio python3-protobuf, or "):
+            traceleft.import_optional("grpc")
+
+    @pytest.mark.parametrize("mode, state", [("none", "ok  "), ("integrity", "ok  "), ("", "-   ")])
+    def test_what_is_not_known_is_not_ok(self, monkeypatch, mode, state):
+        monkeypatch.setattr(traceleft, "lockdown", lambda: mode)
+        (line,) = [finding.format() for finding in traceleft.find_host() if finding.what == "lockdown"]
+        assert line.startswith(state) and (mode or "not known: securityfs is not mounted") in line
 
 
 class TestCommandLine:
@@ -7490,7 +7512,7 @@ class TestBadHosts:
         spec = write_spec(tmp_path / "spec", grpc_spec(1))
         environment = {"PYTHONPATH": str(tmp_path)}
         assert_one_line(run("trace", "--spec", spec, env=environment), 3, "grpcio")
-        assert_one_line(run("collect", env=environment), 3, "python3-grpcio")
+        assert_one_line(run("collect", env=environment), 3, "-m pip install grpcio protobuf")
         unused = json.loads(spec.read_text())
         unused["channels"].append({"id": "f", "type": "file", "path": str(tmp_path / "log")})
         unused["events"][0]["channel"] = "f"

@@ -228,8 +228,8 @@ def commit() -> str:
         return "unknown"
     subprocess = importlib.import_module("subprocess")  # nothing else needs it
     try:
-        done = subprocess.run(["git", "-C", HOME, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
-                              capture_output=True, text=True)
+        done = subprocess.run(["git", "-c", f"safe.directory={HOME}", "-c", "core.fsmonitor=", "-C", HOME, "describe",
+                               "--always", "--dirty", "--exclude=*", "--abbrev=40"], capture_output=True, text=True)
     except OSError:
         return "unknown"
     return str(done.stdout).strip() or "unknown"
@@ -1201,15 +1201,38 @@ def parse_rule(rule: str, event_type: EventType) -> Optional[Condition]:
     if len(source) > MAX_RULE_LENGTH:
         raise RuleError(f"a rule of {len(source)} characters is too long (at most {MAX_RULE_LENGTH})")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # '\d' in a pattern is no news
-            tree = ast.parse(source, mode="eval")
+        tree = parse_expression(source)
     except SyntaxError as error:
         raise syntax_error(source, error) from None
     except (ValueError, RecursionError, MemoryError) as error:
         reason = "a NUL character" if "null" in str(error) else "nesting that is too deep"
         raise RuleError(f"the rule has {reason}", source) from None
     return RuleParser(source, event_type).parse(tree.body)
+
+
+def parse_expression(source: str) -> ast.Expression:
+    """Raises what ast.parse() does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # '\d' in a pattern is no news
+        return ast.parse(source, mode="eval")
+
+
+MAX_COMM = 15  # bytes of a comm: TASK_COMM_LEN in include/linux/sched.h, without the NUL
+
+
+def doubts(rule: str) -> Iterator[str]:
+    """What a valid rule says and hardly means."""
+    source = rule.encode("utf-8", "backslashreplace").decode().strip()
+    for node in ast.walk(parse_expression(source or "0")):
+        if not isinstance(node, ast.Compare):
+            continue
+        operands = [node.left, *node.comparators]
+        fields = {operand.id for operand in operands if isinstance(operand, ast.Name)}
+        for value in itertools.chain.from_iterable(getattr(operand, "elts", [operand]) for operand in operands):
+            if "ret" in fields and isinstance(value, ast.Name) and value.id in vars(errno):
+                yield f"a call that fails returns a negative number: ret == -{value.id}, not {value.id}"
+            if "comm" in fields and isinstance(value, ast.Constant) and len(encode_text(str(value.value))) > MAX_COMM:
+                yield f"'{escape(str(value.value))}' is no comm: the kernel keeps {MAX_COMM} bytes of a thread's name"
 
 
 OPERATOR_HINTS = (
@@ -2412,7 +2435,7 @@ def load_spec(path: Union[str, os.PathLike[str]]) -> Spec:
 def parse_json(data: bytes) -> Any:
     """The JSON value in `data`. Raises SpecError with line and column."""
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # Windows' editors put a mark at the begin
     except UnicodeDecodeError as error:
         raise SpecError(f"not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from None
     if not text.strip():
@@ -2420,11 +2443,19 @@ def parse_json(data: bytes) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        raise SpecError(f"not JSON: line {error.lineno} column {error.colno}: {error.msg}") from None
+        place = text[:error.pos].rstrip()[-1:] + text[error.pos:error.pos + 2]
+        hint = next((hint for pattern, hint in JSON_HINTS if re.match(pattern, place, re.S)), "")
+        raise SpecError(f"not JSON: line {error.lineno} column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
         raise SpecError("not a spec: nested too deeply") from None
     except ValueError as error:  # refuse_constant, and integers of thousands of digits
         raise SpecError(f"not JSON: {str(error).split(';')[0]}") from None
+
+
+JSON_HINTS = (  # the character before the place of an error and what stands there, what to do
+    (r".?(//|/\*|#)", "; JSON has no comments"), (r".?'", "; JSON's strings are in double quotes"),
+    (r",[]}]", "; remove the comma before it"),
+)
 
 
 def refuse_constant(name: str) -> NoReturn:
@@ -2482,6 +2513,8 @@ class SpecParser:
                           if name in unused]
         self.warnings += [f"events[{i}].rule can never be true: {escape(member.rule_text)}"
                           for i, member in enumerate(spec.filters) if rule_rows(member.rule) == Rows([])]
+        self.warnings += [f"events[{i}].rule: {doubt}" for i, member in enumerate(spec.filters)
+                          for doubt in doubts(member.rule_text)]
         return Spec(spec.channels, spec.filters, tuple(self.warnings))
 
     def object(self, value: Any, path: str, required: Dict[str, type], optional: Dict[str, type]) -> Dict[str, Any]:
@@ -2701,8 +2734,10 @@ DNS_SCHEME = "dns:///"
 def parse_address(text: str) -> Tuple[str, int]:
     """`HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text)
-    if not match or int(match[2]) > 65535:
+    if not match:
         raise ValueError(f"expected HOST:PORT, as in localhost:50051, not '{escape(text)}'")
+    if int(match[2]) > 65535:
+        raise ValueError(f"there is no port {match[2]} (at most 65535) in '{escape(text)}'")
     return match[1].strip("[]"), int(match[2])
 
 
@@ -4010,8 +4045,9 @@ def import_optional(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        debian = "apt-get install python3-grpcio python3-protobuf, or " if sys.prefix == "/usr" else ""
         raise HostError(f"a grpc channel and 'collect' need the Python packages grpcio and protobuf ({error}): "
-                        "apt-get install python3-grpcio python3-protobuf, or pip install grpcio protobuf") from None
+                        f"{debian}{sys.executable} -m pip install grpcio protobuf") from None
 
 
 def build_wire() -> Dict[str, Any]:
@@ -9442,14 +9478,16 @@ def find_host() -> Iterator[Finding]:
     """The checks that need nothing loaded; HOST_CHECKS, with what is there where nothing lacks."""
     there: Dict[str, Callable[[], str]] = {
         "architecture": platform.machine, "kernel": platform.release, "BTF": lambda: BTF_PATH,
-        "lockdown": lambda: lockdown() or "not known: securityfs is not mounted", "proc": lambda: "/proc",
+        "lockdown": lockdown, "proc": lambda: "/proc",
         "privilege": lambda: "CAP_BPF and CAP_PERFMON", "pid namespace": lambda: "the initial one"}
     for what, lacks in HOST_CHECKS.items():
         try:
             missing = lacks()
         except OSError as error:
             missing = str(error)
-        yield Finding(LACKS if missing else HAS, what, missing or there[what]())
+        found = missing or there[what]()
+        yield Finding(LACKS if missing else HAS if found else OPTIONAL, what,
+                      found or "not known: securityfs is not mounted at /sys/kernel/security")
 
 
 def find_libraries() -> Iterator[Finding]:
@@ -9463,9 +9501,10 @@ def find_libraries() -> Iterator[Finding]:
 
 
 def find_libbpf() -> str:
-    """Its version. Raises HostError."""
+    """Its version and file. Raises HostError."""
     version: bytes = Libbpf().call("libbpf_version_string")
-    return f"{decode_text(version).lstrip('v')}, {LIBBPF_NAME}"
+    mapped = re.search(r"(/\S*/libbpf\.so\S*)", Path("/proc/self/maps").read_text("utf-8", "surrogateescape"))
+    return f"{decode_text(version).lstrip('v')}, {mapped[1] if mapped else LIBBPF_NAME}"
 
 
 def find_object() -> str:
