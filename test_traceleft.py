@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import binascii
 import collections
 import contextlib
@@ -392,6 +393,13 @@ class TestImport:
         code = ("import sys, ctypes\nctypes.CDLL = None\nimport traceleft\n"
                 "assert not {'grpc', 'google.protobuf'} & set(sys.modules)")
         subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+
+    def test_old_pythons_get_as_far_as_the_line_that_refuses_them(self):
+        """As far as this Python can tell; a row of `make portability` runs each of them."""
+        tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 7))
+        position = [isinstance(node, ast.If) for node in tree.body].index(True)
+        assert ast.unparse(tree.body[position].test) == "sys.version_info < (3, 9)"
+        assert [ast.unparse(node) for node in tree.body[1:position]] == ["import os", "import sys"]
 
     def test_runs_as_a_copy_without_its_folder(self, tmp_path):
         copy = shutil.copy(SCRIPT, tmp_path)
