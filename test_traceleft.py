@@ -2677,6 +2677,22 @@ class TestGrpcChannel:
         assert aggregator.accounts["open-0"].lost == {"in_spool": 1}
         aggregator.close()
 
+    def test_what_waits_in_another_format_is_said(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        spool = {"dir": f"{tmp_path}/spool"}
+        for options in ({}, {"format": "otlp"}, {}):
+            aggregator = Aggregator(grpc_spec(free_port(), {"spool": spool, **options}), insecure=True)
+            aggregator.add(an_open())
+            aggregator.flush(1.0)
+            aggregator.close()
+            assert aggregator.accounts["open-0"].lost == {"in_spool": 1}
+            parts = getattr(aggregator.channels["1"], "parts", [aggregator.channels["1"]])
+            assert sum(part.backlog.spool.max_bytes for part in parts) == traceleft.SpoolSpec("").max_bytes
+        other = "records of earlier runs are in the channel's format of then, and stay there until it has it again"
+        assert re.findall(r"\S+ \d+ \w+ of earlier.*", capsys.readouterr().err) == [
+            f"{tmp_path}/spool: 1 {other}", f"{tmp_path}/spool: 1 alerts of earlier runs are sent first",
+            f"{tmp_path}/spool/metrics: 1 {other}", f"{tmp_path}/spool/logs: 1 {other}"]
+
     def test_a_reload_with_files_that_are_no_good_leaves_it_where_it_was(self, tmp_path):
         spool = {"dir": f"{tmp_path}/spool"}
         aggregator = Aggregator(grpc_spec(free_port(), {"spool": spool}), insecure=True)

@@ -4563,6 +4563,7 @@ class GrpcChannel(Channel):
 
     noun: ClassVar[str] = "alerts"  # in messages: what is in the queue
     spool_part: ClassVar[str] = ""  # directory below that of the spool
+    spool_parts: ClassVar[int] = 1  # among which the spool's max_bytes are divided
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account], insecure: bool = False) -> None:
         super().__init__(spec, accounts)
@@ -4570,8 +4571,8 @@ class GrpcChannel(Channel):
         self.insecure = insecure
         self.owners: List[Account] = []
         self.owner_numbers: Dict[Account, int] = {}
-        self.backlog = Backlog(Spool(os.path.join(spec.spool.dir, self.spool_part).rstrip("/"), spec.spool.max_bytes)
-                               if spec.spool is not None else None)
+        self.backlog = Backlog(Spool(os.path.join(spec.spool.dir, self.spool_part).rstrip("/"),
+                                     spec.spool.max_bytes // self.spool_parts) if spec.spool is not None else None)
         self.agent = wire_text(f"{uuid.uuid4()}/{spec.id}")  # of this run: what is sent again can be told from new
         self.sequence = 0
         self.changed = threading.Condition()
@@ -4634,6 +4635,16 @@ class GrpcChannel(Channel):
         self.flushed = spool.waiting > 0
         if spool.waiting:
             say(f"{escape(spool.path)}: {spool.waiting} {self.noun} of earlier runs are sent first")
+        for path in self.other_spools(spool.path):
+            with contextlib.suppress(OSError), contextlib.closing(Spool(path, spool.max_bytes)) as other:
+                other.open()
+                if other.waiting:
+                    say(f"{escape(path)}: {other.waiting} records of earlier runs are in the channel's format of then, "
+                        "and stay there until it has it again")
+
+    def other_spools(self, path: str) -> List[str]:
+        """Where a channel of another format has its spools when it is given the same directory."""
+        return [found for found in (f"{path}/metrics", f"{path}/logs") if os.path.exists(f"{found}/cursor")]
 
     def connect(self) -> Any:
         """A new connection, for which names are resolved and certificates read anew. Raises OSError."""
@@ -4746,7 +4757,7 @@ class GrpcChannel(Channel):
         with self.changed:
             self.spec, self.name, self.moved = spec, self.title(spec), True
             if spec.spool is not None and self.backlog.spool is not None:
-                self.backlog.spool.max_bytes = spec.spool.max_bytes
+                self.backlog.spool.max_bytes = spec.spool.max_bytes // self.spool_parts
             self.said.clear()
             self.changed.notify()
         if self.call is not None:
@@ -4977,6 +4988,7 @@ def import_otlp(module: str) -> Any:
 class OtlpSignal(GrpcChannel):
     """Metrics or logs of an OTLP channel: each has a queue and a thread, since each is answered for itself."""
 
+    spool_parts = 2                 # metrics and logs
     signal: ClassVar[str]           # as in the names of packages and files
     service: ClassVar[str]          # of collector/SIGNAL/v1
     rejected_field: ClassVar[str]   # in the answer's partial_success
@@ -4990,6 +5002,10 @@ class OtlpSignal(GrpcChannel):
 
     def title(self, spec: ChannelSpec) -> str:
         return f"{spec.path} ({self.signal})"
+
+    def other_spools(self, path: str) -> List[str]:
+        parent = os.path.dirname(path)
+        return [parent] if os.path.exists(f"{parent}/cursor") and self.spool_part == "metrics" else []
 
     def problem(self) -> Optional[str]:
         problem = super().problem()
