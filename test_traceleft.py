@@ -7376,6 +7376,18 @@ class TestCommandLine:
         assert re.fullmatch(rf"traceleft.py {traceleft.VERSION} commit ([0-9a-f]{{12}}(-dirty)?|unknown) object {digest[:16]}\n",
                             run("--version").stdout)
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    def test_the_commit_of_another_users_checkout(self, tmp_path):
+        """git refuses to tell it, which is about its configuration and not ours."""
+        subprocess.run(["git", "init", "-q", tmp_path], check=True)
+        shutil.copy(HERE / "traceleft.py", tmp_path)
+        git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+        subprocess.run([*git, "add", "traceleft.py"], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "m"], check=True)
+        subprocess.run(["chown", "-R", "1:1", tmp_path], check=True)
+        shown = subprocess.run([sys.executable, tmp_path / "traceleft.py", "--version"], capture_output=True, text=True).stdout
+        assert re.search(" commit [0-9a-f]{12} object missing$", shown)
+
     def test_the_alias_of_spec(self, tmp_path):
         assert "cannot read the spec" in run("trace", "--aggregation-spec", tmp_path / "x").stderr
 
