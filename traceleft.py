@@ -5104,7 +5104,7 @@ class OtlpSignal(GrpcChannel):
         """Waits as the server asked, at most until the end of the run is over."""
         end = time.monotonic() + delay
         with self.changed:
-            while min(end - time.monotonic(), self.remaining()) > 0:
+            while min(end - time.monotonic(), self.remaining()) > 0 and not self.moved:
                 self.changed.wait(min(end - time.monotonic(), self.remaining()))
 
 
