@@ -7976,6 +7976,29 @@ class TestFaults:
             assert any("were not acknowledged and are lost" in line for line in agent.stderr) != ends
             figures(replaced=ends, received_before=before, during=during, after=after, passed=passed, lost=lost, end_took=f"{took:.1f} s")
 
+    def test_a_dead_connection_is_told_from_a_slow_collector(self, generated, monkeypatch, capsys):
+        """By pings, which the one does not answer and the other does, and not by the time that a stream may take."""
+        assert traceleft.KEEPALIVE_TIME_MS + traceleft.KEEPALIVE_TIMEOUT_MS < 1000 * traceleft.ACK_TIMEOUT
+        for name, short in (("KEEPALIVE_TIME_MS", 300), ("KEEPALIVE_TIMEOUT_MS", 400), ("ACK_TIMEOUT", DEADLINE)):
+            monkeypatch.setattr(traceleft, name, length(short, getattr(traceleft, name)))
+        moments = []
+        with ProtoServer(generated, delay=length(1.5, 9.5)) as server, Proxy(server.port) as proxy:
+            aggregator = Aggregator(grpc_spec(proxy.address), insecure=True)
+            channel = aggregator.channels["1"]
+            for dead in (False, True, False):
+                proxy.mute = proxy.connections if dead else 0
+                aggregator.add(an_open())
+                aggregator.flush(1.0)
+                before = channel.figures()["failures"]
+                wait_until(lambda: channel.figures()["failures"] > before if dead else not channel.figures()["queued"],  # noqa: B023
+                           "an outcome")
+                moments.append((aggregator.accounts["open-0"].delivered, channel.figures()["failures"]))
+            aggregator.close()
+        assert moments == [(1, 0), (1, 1), (3, 1)] and channel.batch_size == traceleft.MAX_STREAM_ALERTS
+        dead, again = capsys.readouterr().err.splitlines()
+        assert re.search(r": UNAVAILABLE: .*(ping|keepalive)", dead) and "acknowledges again" in again
+        figures(answer_takes_seconds=length(1.5, 9.5), delivered_and_failures=moments, said=dead)
+
     def test_packets_are_dropped(self, tmp_path):
         """Two network namespaces; packets to the other's address go to nobody for a while."""
         names, addresses, log = self.files(tmp_path, 5), ("169.254.77.1", "169.254.77.2"), tmp_path / "received"
@@ -8018,7 +8041,7 @@ class TestFaults:
         matched, passed, lost = totals(output)
         assert (code, matched, lost) == (0, load.opens, {})
         assert 0 < before.arrived == during.arrived < sum(counts.values()) == passed and before.opens < during.opens
-        figures(seconds_without_packets=length(1.5, 30), received_before=before, during=during, opens=load.opens, matched=matched,
+        figures(said=agent.stderr[1], seconds_without_packets=length(1.5, 30), received_before=before, during=during, opens=load.opens, matched=matched,
                 passed=passed, received_once=sum(counts.values()), lost=0, alerts_sent_twice=doubles)
 
     @pytest.mark.parametrize("server, said", [

@@ -4516,7 +4516,9 @@ class Backlog:
 MAX_STREAM_ALERTS = 1000
 ACK_TIMEOUT = 10.0                # seconds until a stream without an acknowledgement counts as failed
 BACKOFF_MIN, BACKOFF_MAX = 0.2, 10.0  # seconds
-KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS = 30_000, 10_000  # while a stream is open: servers forbid it at other times
+# Pings while a stream is open, at other times servers forbid it: they tell a dead connection from a slow collector
+# before ACK_TIMEOUT is over. Two fit into that; a server that has sent nothing meanwhile hangs up after some more.
+KEEPALIVE_TIME_MS, KEEPALIVE_TIMEOUT_MS = 4_000, 5_000
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem",
               "/etc/ssl/cert.pem", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem")
 
@@ -4651,6 +4653,7 @@ class GrpcChannel(Channel):
         options: List[Tuple[str, Any]] = [
             ("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1),
             ("grpc.keepalive_time_ms", KEEPALIVE_TIME_MS), ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+            ("grpc.http2.ping_timeout_ms", KEEPALIVE_TIMEOUT_MS),  # what newer versions go by: a minute by default
             ("grpc.service_config_disable_resolution", 1)]
         if self.spec.gzip:
             options.append(("grpc.default_compression_algorithm", int(self.grpc.Compression.Gzip)))
