@@ -8108,6 +8108,71 @@ class TestFaults:
         figures(seconds_full=length(2, 30), written_before=before, when_it_was_full=begin, at_the_end_of_that=during, opens=load.opens,
                 matched=matched, passed=passed, written=count, lost=0)
 
+    FAILING = r"""
+        #define _GNU_SOURCE
+        #include <dlfcn.h>
+        #include <errno.h>
+        #include <stdio.h>
+        #include <stdlib.h>
+        #include <string.h>
+        #include <unistd.h>
+        ssize_t write(int fd, const void *data, size_t size)
+        {
+            char link[32], path[4096] = "";
+            snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+            if (!access(getenv("FAILS"), F_OK) && readlink(link, path, sizeof(path) - 1) > 0
+                && !strncmp(path, getenv("FAILS_BELOW"), strlen(getenv("FAILS_BELOW")))) {
+                errno = EIO;
+                return -1;
+            }
+            return ((ssize_t (*)(int, const void *, size_t))dlsym(RTLD_NEXT, "write"))(fd, data, size);
+        }
+    """
+
+    def test_the_disk_fails_and_then_works(self, tmp_path):
+        """EIO, by a write(2) of our own between the agent and libc, for a log and a spool on one disk."""
+        names, disk, fails, port = self.files(tmp_path, 5), tmp_path / "disk", tmp_path / "fails", free_port()
+        disk.mkdir()
+        library = tmp_path / "failing.so"
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"], input=self.FAILING, text=True, check=True)
+        spec = many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{disk}/log"}), names)
+        spec["channels"].append({**grpc_spec(port, {"id": "2", "spool": {"dir": f"{disk}/spool"}})["channels"][0]})
+        spec["events"] += [{**member, "channel": "2", "output": {**member["output"], "format": "collector_spec_pb"}} for member in spec["events"]]
+        environment = {"LD_PRELOAD": str(library), "FAILS": str(fails), "FAILS_BELOW": f"{disk}/"}
+
+        def on_disk():
+            return written(disk / "log"), sum(count for count, _ in self.spooled(disk / "spool").values())
+
+        def both(load):
+            log, spool = on_disk()
+            return moment(load, lambda: log), moment(load, lambda: spool)
+
+        def said(what):
+            return [line for line in agent.stderr if what in line]
+
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--collector-insecure", "--summary", "-", env=environment) as agent:
+            with Load(*names) as load:
+                wait_until(lambda: all(on_disk()), "the first records")
+                before = both(load)
+                fails.touch()
+                wait_until(lambda: len(said("Input/output error")) == 2, "both fail")
+                begin = both(load)
+                time.sleep(length(2.5, 30))
+                during = both(load)
+                fails.unlink()
+                wait_until(lambda: len(said("traceleft: writing to")) == 2, "both work again")
+            with Sink(tmp_path / "received", port) as sink:
+                code, output = agent.stop()
+            counts, doubles = sink.received()
+        matched, passed, lost = totals(output)
+        (log, told), received = logged((disk / "log").read_text()), sum(counts.values())
+        assert (code, matched, lost, doubles, told) == (0, 2 * load.opens, {}, 0, 0) and passed == log + received and log == received
+        for place, count in enumerate((log, received)):
+            assert 0 < before[place].arrived <= begin[place].arrived == during[place].arrived < count and begin[place].opens < during[place].opens
+        assert len(said("Input/output error")) == len(said("traceleft: writing to")) == 2
+        figures(seconds=length(2.5, 30), written_before=before[0], spooled_before=before[1], log_while_it_fails=during[0],
+                spool_while_it_fails=during[1], opens=load.opens, matched_by_two_filters_each=matched, passed=passed, written=log, received_from_the_spool=received)
+
     @staticmethod
     def fills(fd):
         """Writes until nothing more fits."""
