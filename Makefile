@@ -19,8 +19,8 @@ RUN_PACKAGES  := python3 libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl tmux strace git curl \
                  fish logrotate mandoc prometheus systemd zsh
 
-# what portability needs: emulators, and what libbpf is built with
-VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev
+# what portability needs: emulators, what libbpf is built with, and what runs another Debian's Python
+VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev patchelf
 
 help: ## show this list
 	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -59,7 +59,7 @@ compile_bpf = $(CLANG) $(BPF_CFLAGS) -c $(BPF_SOURCE) -o $(1) && \
 dist: ## one self-contained executable file, dist/traceleft, and its SHA-256
 	$(Q)python3 bench/dist.py
 
-portability: install-portability ## run the one file on every Python, libbpf, kernel and userland claimed (about 40 minutes)
+portability: install-portability install-test ## run the one file on every Python, libbpf, kernel and userland claimed (about 40 minutes)
 	$(Q)python3 bench/portability.py $(ROWS)
 
 portability-ci: install-portability ## its rows of five kernels in virtual machines of both architectures (about 5 minutes)

@@ -78,14 +78,17 @@ def live_check(python, *arguments, env=None):
         return sh([python, BENCH / "live_check.py", dist / "traceleft", *arguments], env={**os.environ, **(env or {})})
 
 
-def virtual_machine(kernel, arch, *arguments, suite="bookworm", before="", boot=()):
-    """In a virtual machine of Debian's kernel and userland; `before` is shell, `boot` are the kernel's arguments."""
+def virtual_machine(kernel, arch, *arguments, suite="bookworm", python="", before="", boot=()):
+    """In a virtual machine of Debian's kernel and userland; `before` is shell, `boot` are the kernel's arguments.
+
+    `python` is such as python3.15, where it is not the suite's default.
+    """
     folder = Path(tempfile.mkdtemp(dir=dist))
     for file in (dist / "traceleft", BENCH / "live_check.py"):
         shutil.copy(file, folder)
     check = shlex.join(["python3", "live_check.py", "traceleft", *arguments])
     (folder / "run").write_text(f"set -e\n{before}\n{check}\n")
-    return sh([BENCH / "vm.sh", kernel, arch, folder, *boot], env={**os.environ, "SUITE": suite})
+    return sh([BENCH / "vm.sh", kernel, arch, folder, *boot], env={**os.environ, "SUITE": suite, "PYTHON": python})
 
 
 def cached(name, make):
@@ -128,14 +131,27 @@ def version(text):
     return tuple(map(int, re.findall(r"\d+", text)))
 
 
-def environment(python, name, packages):
+def environment(python: Path, name, packages):
     """A virtual environment of the cache; the packages are binary wheels. Returns its interpreter."""
     def make(folder):
+        # the newest Pythons need the newest pip, which the oldest cannot run
+        pip = environment(Path(sys.executable), "pip", ["pip"]) if CACHE in python.parents else sys.executable
         check_call([python, "-m", "venv", "--without-pip", folder])
-        check_call([sys.executable, "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--only-binary=:all:",
+        check_call([pip, "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--only-binary=:all:",
                     "--disable-pip-version-check", *packages])
     name = re.sub(r"[^\w.]+", "-", f"venv-{name}-{'-'.join(packages)}")
     return cached(name[:120], make) / "bin/python"
+
+
+def unstable_python(name):
+    """The interpreter `name` of Debian unstable, which runs here beside its own libc and libbpf."""
+    def make(folder):
+        base = check_call([BENCH / "vm.sh", "newest", "amd64", "-"], env={**os.environ, "SUITE": "sid", "PYTHON": name}).split()[-1]
+        check_call(["sh", "-c", f"gzip -dc {shlex.quote(base)} | cpio -idm --quiet"], cwd=folder)
+        libraries = CACHE / f"{name}-sid/usr/lib/x86_64-linux-gnu"
+        check_call(["patchelf", "--set-interpreter", libraries / "ld-linux-x86-64.so.2", "--force-rpath", "--set-rpath", libraries,
+                    folder / "usr/bin" / name])
+    return cached(f"{name}-sid", make) / "usr/bin" / name
 
 
 def test_packages():
@@ -180,6 +196,7 @@ def run_old_python(python, name):
 OLDEST = {(3, 9): ("protobuf==3.12.4", "grpcio==1.34.0"), (3, 10): ("protobuf==3.20.0", "grpcio==1.42.0"),
           (3, 11): ("protobuf==3.20.0", "grpcio==1.50.0"), (3, 12): ("protobuf==3.20.0", "grpcio==1.59.0"),
           (3, 13): ("protobuf==3.20.0", "grpcio==1.67.0")}
+UNSTABLE = ("python3.14", "python3.15")  # Debian unstable's, newer than what is here
 MIXED = ((3, 9), (3, 13))  # where the oldest of each is run with the newest of the other, too
 
 
@@ -253,7 +270,9 @@ def python_rows() -> List[Row]:
         for what, packages in wanted.items():
             rows.append(Row(f"Python {name}: {what}",
                             lambda python=python, name=name, packages=packages: run_packages(python, name, packages), expects_grpc=True))
-    return rows
+    return rows + [Row(f"Python {name[6:]} of Debian unstable: unit tests, live subset, newest packages",
+                       lambda name=name: run_python(unstable_python(name), f"{name}-sid"), expects_grpc=True)
+                   for name in UNSTABLE if platform.machine() == "x86_64"]
 
 
 def kernel_rows() -> List[Row]:
@@ -269,6 +288,8 @@ def kernel_rows() -> List[Row]:
         booted("arm64, newest kernel", "newest", "arm64"),
         booted("amd64, newest kernel, Debian 13's userland", "newest", "amd64", suite="trixie"),
         booted("arm64, kernel 6.12, Debian 13's userland", "6.12", "arm64", suite="trixie"),
+        booted("amd64, newest kernel, Debian unstable's userland", "newest", "amd64", suite="sid"),
+        booted("amd64, newest kernel, Debian unstable's userland, Python 3.15", "newest", "amd64", suite="sid", python="python3.15"),
         booted("amd64, kernel 5.10: refused", "5.10", "amd64", "--refused", "it needs 5.15 or later"),
         booted("arm64, kernel 5.10: refused", "5.10", "arm64", "--refused", "it needs 5.15 or later"),
         booted("amd64, kernel 6.1, Debian 11's userland (libbpf 0.3): refused", "6.1", "amd64", "--refused",

@@ -4,30 +4,37 @@
 #
 #   KERNEL  a series such as 6.1, or `newest`: the newest that Debian's stable releases and their backports have
 #   ARCH    amd64 or arm64
-#   DIR     becomes /p; userland is busybox, and Python and libbpf of Debian's SUITE (default bookworm)
+#   DIR     becomes /p; userland is busybox, and Python and libbpf of Debian's SUITE (default bookworm; PYTHON=python3.N
+#           for another Python than the suite's default). - boots nothing, and prints the archive of that userland
 #
 # Needs qemu-system-x86, qemu-system-arm, busybox-static, cpio, and at first the mirror that this machine is configured
 # with. Keeps what it made in VMCACHE, about 300 MB for an architecture.
 set -euo pipefail
-kernel=$1 arch=$2 dir=$(realpath "$3")
+kernel=$1 arch=$2 dir=$3
 shift 3
-suite=${SUITE:-bookworm}
+suite=${SUITE:-bookworm} python=${PYTHON:-}
 cache=${VMCACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/traceleft-vm}
-root=$cache/apt-$arch image=$cache/kernel-$arch-$kernel base=$cache/base-$arch-$suite.cpio.gz
+root=$cache/apt-$arch image=$cache/kernel-$arch-$kernel base=$cache/base-$arch-$suite${python:+-$python}.cpio.gz
 mkdir -p "$cache"
 
 say() { echo "vm: $*" >&2; }
 
-# Debian's package lists in a root of their own: nothing of this machine's own package state is touched
+# Debian's package lists in a root of their own: nothing of this machine's own package state is touched. Unstable has one for
+# itself, so that no kernel comes from there.
 make_apt_root() {
+	[ ! -e "$root/ok" ] || return 0
 	local key='[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]' codename main security name
 	codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
 	repository() { apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | awk -v r="$1" '$2 == r { print $1; exit }'; }
 	main=$(repository "$codename") security=$(repository "$codename-security")
 	mkdir -p "$root"/{etc/apt/{apt.conf.d,preferences.d,sources.list.d},var/lib/apt/lists/partial,var/cache/apt/archives/partial,var/lib/dpkg}
 	: >"$root/var/lib/dpkg/status"
-	for name in bullseye bookworm trixie trixie-backports; do echo "deb $key $main $name main"; done >"$root/etc/apt/sources.list"
-	for name in bullseye bookworm trixie; do echo "deb $key $security $name-security main"; done >>"$root/etc/apt/sources.list"
+	if [ "${root%-sid}" != "$root" ]; then
+		echo "deb $key $main sid main" >"$root/etc/apt/sources.list"
+	else
+		for name in bullseye bookworm trixie trixie-backports; do echo "deb $key $main $name main"; done >"$root/etc/apt/sources.list"
+		for name in bullseye bookworm trixie; do echo "deb $key $security $name-security main"; done >>"$root/etc/apt/sources.list"
+	fi
 	cat >"$root/apt.conf" <<-APT
 		Dir "$root/";
 		Dir::State::status "$root/var/lib/dpkg/status";
@@ -35,6 +42,7 @@ make_apt_root() {
 		APT::Architectures {"$arch";};
 		APT::Sandbox::User "root";
 		Acquire::Languages "none";
+		Acquire::Check-Valid-Until "false";
 	APT
 	APT_CONFIG=$root/apt.conf apt-get update -qq
 	touch "$root/ok"
@@ -63,9 +71,9 @@ get_kernel() {
 
 # Python and libbpf of the suite, unpacked and byte-compiled, as an initramfs
 make_base() {
-	local tree python libbpf deb found
+	local tree libbpf deb found loader
 	tree=$(mktemp -d "$cache/tree.XXXXXX")
-	python=$(apt-cache show -t "$suite" python3/"$suite" | sed -n 's/^Depends:.*python3\.\([0-9]*\).*/python3.\1/p' | head -1)
+	[ -n "$python" ] || python=$(apt-cache show -t "$suite" python3/"$suite" | sed -n 's/^Depends:.*python3\.\([0-9]*\).*/python3.\1/p' | head -1)
 	[ "$suite" = bullseye ] && libbpf=libbpf0 || libbpf=libbpf1
 	rm -f "$root"/var/cache/apt/archives/*.deb
 	apt-get install -qq -y -t "$suite" --download-only --no-install-recommends "$python-minimal" "lib$python-stdlib" "$libbpf" busybox-static >/dev/null
@@ -78,11 +86,15 @@ make_base() {
 	fi
 	ln -sf "$python" "$tree/usr/bin/python3"
 	ln -sf "$(cd "$tree" && [ -e usr/bin/busybox ] && echo /usr/bin/busybox || echo /bin/busybox)" "$tree/bin/sh"
-	# without .pyc files the start of Python takes twice as long; a Python of that version here makes them
+	# without .pyc files the start of Python takes twice as long; a Python of that version here makes them, or that Python itself
+	loader=$tree/lib64/ld-linux-x86-64.so.2
+	compile() { "$@" -m compileall -q --invalidation-mode unchecked-hash "$tree/usr/lib/$python" >/dev/null 2>&1; }
 	for found in "$(command -v "$python" || :)" ~/.pyenv/versions/"${python#python}".*/bin/python; do
-		[ ! -x "$found" ] || "$found" -m compileall -q --invalidation-mode unchecked-hash "$tree/usr/lib/$python" >/dev/null 2>&1 || continue
+		[ ! -x "$found" ] || compile "$found" || continue
 		[ ! -x "$found" ] || break
 	done
+	[ -n "$(find "$tree/usr/lib/$python" -name '*.pyc' -print -quit)" ] || [ ! -e "$loader" ] ||
+		PYTHONHOME=$tree/usr compile "$loader" --library-path "$tree/usr/lib/x86_64-linux-gnu" "$tree/usr/bin/$python" || :
 	cat >"$tree/init" <<-'INIT'
 		#!/bin/sh
 		busybox=/bin/busybox
@@ -110,12 +122,22 @@ make_base() {
 
 {
 	flock 9 # several of these may run at once
-	[ -e "$root/ok" ] || make_apt_root
+	make_apt_root
 	export APT_CONFIG=$root/apt.conf
 	[ -e "$image/vmlinuz" ] || get_kernel
+	if [ "$suite" = sid ] && [ ! -e "$base" ]; then
+		unset APT_CONFIG
+		root+=-sid
+		make_apt_root
+		export APT_CONFIG=$root/apt.conf
+	fi
 	[ -e "$base" ] || make_base
 } 9>"$cache/lock-$arch"
 
+if [ "$dir" = - ]; then
+	echo "$base"
+	exit
+fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/p"
