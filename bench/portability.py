@@ -29,7 +29,8 @@ CACHE = Path(os.environ.get("VMCACHE") or Path(os.environ.get("XDG_CACHE_HOME") 
 PYENV = Path.home() / ".pyenv/versions"
 RESULTS = BENCH / "PORTABILITY.md"
 MANY = 800_000   # verified instructions that turn a row red: the kernel's limit is 1,000,000
-TIMEOUT = 1800   # seconds for one row
+TIMEOUT = 1800   # seconds for one command of a row
+NEWEST = 7 * 86400   # seconds that what was the newest package stays that
 UNIT_TESTS = ["-m", "not live", "-k", "not Dist", "test_traceleft.py"]
 # By class, so that a name that there is no more is an error. Left out is what is long and not about Python.
 LIVE_TESTS = ["-m", "live", "-k", "not (TestReload and loop)", *(f"test_traceleft.py::{name}" for name in (
@@ -139,8 +140,11 @@ def environment(python: Path, name, packages):
         check_call([python, "-m", "venv", "--without-pip", folder])
         check_call([pip, "-m", "pip", "--python", folder / "bin/python", "install", "-q", "--only-binary=:all:",
                     "--disable-pip-version-check", *packages])
-    name = re.sub(r"[^\w.]+", "-", f"venv-{name}-{'-'.join(packages)}")
-    return cached(name[:120], make) / "bin/python"
+    name = re.sub(r"[^\w.]+", "-", f"venv-{name}-{'-'.join(packages)}")[:120]
+    with cache_lock:
+        if (CACHE / name).exists() and (CACHE / name).stat().st_mtime < time.time() - NEWEST and not all("==" in p for p in packages):
+            shutil.rmtree(CACHE / name)
+    return cached(name, make) / "bin/python"
 
 
 def unstable_python(name):
@@ -192,10 +196,10 @@ def run_old_python(python, name):
     return Result(True, "".join(said))
 
 
-# The oldest that has a wheel for that Python and works, as tried
-OLDEST = {(3, 9): ("protobuf==3.12.4", "grpcio==1.34.0"), (3, 10): ("protobuf==3.20.0", "grpcio==1.42.0"),
-          (3, 11): ("protobuf==3.20.0", "grpcio==1.50.0"), (3, 12): ("protobuf==3.20.0", "grpcio==1.59.0"),
-          (3, 13): ("protobuf==3.20.0", "grpcio==1.67.0")}
+# The oldest grpcio that has a wheel for that Python. Debian 11's protobuf is the oldest that is tried, on each of them.
+OLDEST_GRPCIO = {(3, 9): "1.33.1", (3, 10): "1.41.0", (3, 11): "1.49.0", (3, 12): "1.59.0", (3, 13): "1.66.2", (3, 14): "1.75.1",
+                 (3, 15): "1.84.0"}
+OLDEST_PROTOBUF = "3.12.4"
 UNSTABLE = ("python3.14", "python3.15")  # Debian unstable's, newer than what is here
 MIXED = ((3, 9), (3, 13))  # where the oldest of each is run with the newest of the other, too
 
@@ -255,24 +259,32 @@ def run_libbpf(suite):
 
 
 def python_rows() -> List[Row]:
-    rows = []
+    rows, places = [], []  # places: what it is called, how to get its interpreter
     for name, python in pythons().items():
         if version(name) < (3, 9):
             rows.append(Row(f"Python {name}: refused", lambda python=python, name=name: run_old_python(python, name)))
-            continue
+        else:
+            places.append((name, lambda python=python: python))
+    if platform.machine() == "x86_64":
+        places += [(f"{name[6:]} of Debian unstable", lambda name=name: unstable_python(name)) for name in UNSTABLE]
+    for name, get in places:
         rows.append(Row(f"Python {name}: unit tests, live subset, newest packages",
-                        lambda python=python, name=name: run_python(python, name), expects_grpc=True))
-        protobuf, grpcio = OLDEST.get(version(name)[:2], (None, None))
-        wanted = {"oldest packages": (protobuf, grpcio)} if protobuf else {}
-        if version(name)[:2] in MIXED:
-            wanted["oldest protobuf, newest grpcio"] = (protobuf, "grpcio")
-            wanted["newest protobuf, oldest grpcio"] = ("protobuf", grpcio)
-        for what, packages in wanted.items():
+                        lambda name=name, get=get: run_python(get(), name), expects_grpc=True))
+        for what, packages in package_choices(version(name)[:2]).items():
             rows.append(Row(f"Python {name}: {what}",
-                            lambda python=python, name=name, packages=packages: run_packages(python, name, packages), expects_grpc=True))
-    return rows + [Row(f"Python {name[6:]} of Debian unstable: unit tests, live subset, newest packages",
-                       lambda name=name: run_python(unstable_python(name), f"{name}-sid"), expects_grpc=True)
-                   for name in UNSTABLE if platform.machine() == "x86_64"]
+                            lambda name=name, get=get, packages=packages: run_packages(get(), name, packages), expects_grpc=True))
+    return rows
+
+
+def package_choices(python) -> Dict[str, List[str]]:
+    """What is run of old packages, and those packages."""
+    if python not in OLDEST_GRPCIO:
+        return {}
+    protobuf, grpcio = f"protobuf=={OLDEST_PROTOBUF}", f"grpcio=={OLDEST_GRPCIO[python]}"
+    choices = {"oldest packages": [protobuf, grpcio]}
+    if python in MIXED:
+        choices.update({"oldest protobuf, newest grpcio": [protobuf, "grpcio"], "newest protobuf, oldest grpcio": ["protobuf", grpcio]})
+    return choices
 
 
 def kernel_rows() -> List[Row]:
