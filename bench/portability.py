@@ -8,6 +8,7 @@ the table, renews what has passed of it in bench/PORTABILITY.md (not with --ci),
 """
 
 import argparse
+import atexit
 import os
 import platform
 import re
@@ -59,6 +60,7 @@ class Row(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------------------
 
 dist = Path(tempfile.mkdtemp(prefix="traceleft-portability-"))
+atexit.register(shutil.rmtree, dist, ignore_errors=True)
 cache_lock = threading.RLock()
 results_lock = threading.Lock()
 host_lock = threading.Lock()  # rows on this machine's own kernel run one at a time, virtual machines beside them
@@ -420,13 +422,10 @@ def main():
         return 0
     if not rows:
         sys.exit("portability: no such row")
-    try:
-        built = check_call([sys.executable, BENCH / "dist.py", dist])
-        print(f"{built}{HEADER}", flush=True)
-        with ThreadPoolExecutor(2) as pool:
-            done = list(pool.map(lambda row: run_row(row, not options.ci), rows))
-    finally:
-        shutil.rmtree(dist)
+    built = check_call([sys.executable, BENCH / "dist.py", dist])
+    print(f"{built}{HEADER}", flush=True)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda row: run_row(row, not options.ci), rows))
     passed = sum(done)
     print(f"{passed} passed, {len(done) - passed} failed")
     return 0 if passed == len(done) else 1
