@@ -5871,6 +5871,44 @@ class TestSelfWatchLive:
         (row,) = json.loads(output)["filters"]
         assert (code, row["matched"], row["passed"], row["lost"]) == (0, 50_000, 5_000, {})
 
+    def test_an_agent_that_falls_behind_says_so_and_counts_everything(self, tmp_path):
+        """While Python is busy with 45 events for more than a second, 75 others fill the larger part of the ring."""
+        source = random.Random(2)
+        names = [f"{tmp_path}/" + "".join(source.choices("ab", k=3900 - len(str(tmp_path)))) + "ab" for _ in range(120)]
+        patterns = [f"regex(filename, '(a|b)*a(a|b){{{200 + number}}}c')" for number in range(50)]
+        tests = [parse_rule(pattern, OPEN).matcher() for pattern in patterns[:5]]
+        begin = time.perf_counter()
+        assert not any(test(an_open(name)) for test in tests for name in names[:5])
+        each = (time.perf_counter() - begin) / 25
+        slow = " or ".join(patterns[:min(max(round(0.03 / each), 1), 50)])
+        spec = a_spec(f"startswith(filename, '{tmp_path}/') and ({slow} or endswith(filename, 'ab'))",
+                      channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"})
+
+        def opens(first, last):
+            for name in names[first:last]:
+                with contextlib.suppress(OSError):
+                    os.open(name, os.O_RDONLY)
+
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec), "--ring-size", 1 << 20, "--summary", "-") as agent:
+
+            def said(what):
+                return sum(line.startswith(f"traceleft: {what}") for line in agent.stderr)
+
+            done = 0
+            while not said("falls behind: ") and done < 10 * len(names):  # again when it was quicker, or slower, than that
+                agent.process.send_signal(signal.SIGSTOP)  # so that all of the first ones are taken at once
+                opens(0, 45)
+                agent.process.send_signal(signal.SIGCONT)
+                time.sleep(0.15)
+                opens(45, None)
+                done += len(names)
+                wait_until(lambda: said("falls behind: ") or written(tmp_path / "log") == done, "either")  # noqa: B023
+            wait_until(lambda: said("has caught up"), "it has caught up")
+            code, output = agent.stop()
+        (row,) = json.loads(output)["filters"]
+        assert (code, row["matched"], row["passed"], row["lost"]) == (0, done, done, {})
+        assert (said("falls behind: "), said("has caught up")) == (1, 1)
+
     def test_two_agents_do_not_disturb_each_other(self, programs, tmp_path):
         """One for some syscalls, the other for all of them and in Python too: both count every open."""
         rule = f"filename == '{tmp_path}/f'"
