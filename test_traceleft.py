@@ -8437,29 +8437,86 @@ class TestFaults:
         figures(seconds=seconds, written_before=before, opens=opens + 1000, matched_by_each_of_two_filters=matched // 2,
                 KiB_at_first=sizes[0], KiB_at_most=max(sizes), KiB_at_last=sizes[-1])
 
-    def test_mutated_specs_and_rules(self):
-        """Each is accepted, and then has tables for the kernel and answers of this engine; or is refused with located errors."""
-        mutator = Mutator(random.Random(20261124))
-        outcomes = {"accepted": 0, "refused": 0}
-        slowest = 0.0
-        event = an_open()
-        for _ in range(length(4000, 100_000)):
+    @staticmethod
+    def use(filters):
+        """What is made of filters: tables for the kernel, and answers of this engine."""
+        traceleft.Tables(filters)
+        for member in filters:
+            if member.rule is not None and member.event == "open":
+                assert member.rule.matcher()(an_open()) in (True, False)
+
+    def test_mutated_specs_and_rules(self, tmp_path):
+        """Each is accepted, and then can be used; or is refused with located errors. One in twenty also by the command."""
+        mutator, count, batch = Mutator(random.Random(20261124)), length(4000, 100_000), length(200, 500)
+        outcomes, files, slowest = {"accepted": 0, "refused": 0, "by_the_command": 0}, {}, 0.0
+        for number in range(count):
             data = mutator.spec()
             begin = time.monotonic()
-            try:
-                spec = parse_spec(traceleft.parse_json(data))
-                traceleft.Tables(spec.filters)
-                for member in spec.filters:
-                    if member.rule is not None and member.event == "open":
-                        member.rule.matcher()(event)
-                outcomes["accepted"] += 1
-            except SpecError as error:
-                assert error.errors and all(error.errors), data
-                assert all(text.isprintable() for line in error.errors for text in line.split("\n")), data
-                outcomes["refused"] += 1
+            with no_hang(data):
+                try:
+                    spec = parse_spec(traceleft.parse_json(data))
+                    self.use(spec.filters)
+                    outcome = "accepted"
+                except SpecError as error:
+                    assert error.errors and all(error.errors), data
+                    assert all(text.isprintable() for line in error.errors for text in line.split("\n")), data
+                    outcome = "refused"
             slowest = max(slowest, time.monotonic() - begin)
-        assert min(outcomes.values()) > 50 and slowest < 5
-        figures(**outcomes, tracebacks=0, slowest=f"{slowest * 1000:.0f} ms")
+            outcomes[outcome] += 1
+            if number % 20 == 0:
+                files[tmp_path / f"{number}.json"] = outcome
+                (tmp_path / f"{number}.json").write_bytes(data)
+            if len(files) == batch:
+                self.check(files)
+                outcomes["by_the_command"] += len(files)
+                files.clear()
+        assert min(outcomes.values()) > 50 and outcomes["by_the_command"] == count // 20
+        figures(**outcomes, tracebacks=0, hangs=0, slowest=f"{slowest * 1000:.0f} ms")
+
+    def check(self, files):
+        """The command says the same of these files, with a line for each error and a caret under the place in a rule."""
+        done = run("check", *files)
+        errors = re.findall(r"(traceleft: (\S+\.json): (warning: )?.+\n(?:  .*\n +\^\n)?)", done.stderr)
+        assert "".join(text for text, *_ in errors) == done.stderr and done.stderr.replace("\n", "").isprintable(), done.stderr
+        refused = {path for _, path, warning in errors if not warning}
+        assert {str(path): outcome for path, outcome in files.items()} == {
+            **dict.fromkeys(refused, "refused"), **{line[:-len(": ok")]: "accepted" for line in done.stdout.splitlines()}}
+        assert done.returncode == 2 and refused
+
+    edits = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 4), st.one_of(
+        st.sampled_from(["", " ", "(", ")", " and ", " not ", " in ", "==", "<", "'", '"', "\\", "~", "&", ",", "[", "]", "0", "-", "ret", "comm",
+                         "uid", "exe", "path", "glob(comm, '['", "regex(comm, '(a+)+$')", "0x", "1e9", "9" * 30, "{", "lambda: 0", "x if y else z",
+                         ":=", "*", "\n", "\0", "\udcff", "\u202e", "é"]), st.text(max_size=3))), max_size=4)
+
+    @settings(max_examples=length(200, 20_000), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(TestRulesGenerated.rules, edits)
+    def test_mutated_grammatical_rules(self, rule, edits):
+        """Rules that the grammar makes, with some characters changed: accepted and of use, or refused with the place."""
+        for at, length, text in edits:
+            rule = rule[:at % (len(rule) + 1)] + text + rule[at % (len(rule) + 1) + length:]
+        with no_hang(rule):
+            try:
+                self.use(parse_spec(a_spec(rule)).filters)
+            except SpecError as error:
+                (text,) = error.errors
+                place, _, shown = text.partition("\n")
+                assert place.startswith("events[0].rule: ") and text.replace("\n", "").isprintable()
+                assert not shown or re.fullmatch(r"  .*\n +\^", shown)
+
+
+@contextlib.contextmanager
+def no_hang(data):
+    """Fails, and shows the input, when the block takes longer than anything may."""
+    def fail(number, frame):
+        raise AssertionError(f"not done after {DEADLINE} s: {data!r}")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, DEADLINE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Mutator:
