@@ -19,8 +19,9 @@ RUN_PACKAGES  := python3 libbpf1
 TEST_PACKAGES := $(RUN_PACKAGES) python3-venv clang-14 llvm-14 libbpf-dev bpftool binutils gcc libc6-dev util-linux procps iproute2 openssl tmux strace git curl \
                  fish logrotate mandoc prometheus systemd zsh
 
-# what portability needs: emulators, what libbpf is built with, and what runs another Debian's Python
-VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev patchelf
+# what portability needs: emulators, what libbpf and a userland of musl are built with, and what runs another Debian's Python
+VM_PACKAGES := qemu-system-x86 qemu-system-arm busybox-static cpio git gcc make libelf-dev zlib1g-dev patchelf musl-tools binutils \
+               bzip2 xz-utils
 
 help: ## show this list
 	$(Q)sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24

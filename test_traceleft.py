@@ -784,6 +784,26 @@ class TestRules:
         assert not matches(rule, an_open("/data/4000"))
 
 
+class TestSymbols:
+    """What a rule can name has one value for all libcs."""
+
+    def test_where_libcs_differ(self):
+        assert traceleft.SYMBOLS["O_ACCMODE"] == os.O_RDONLY | os.O_WRONLY | os.O_RDWR == 3
+        assert traceleft.SYMBOLS["O_LARGEFILE"] == {"x86_64": 0o100000, "aarch64": 0o400000}[os.uname().machine]
+        rule = "flags & ~(O_LARGEFILE | O_CLOEXEC) == O_RDONLY"
+        largefile = traceleft.SYMBOLS["O_LARGEFILE"]
+        assert [matches(rule, an_open("/a", flags)) for flags in (0, largefile, largefile | os.O_CLOEXEC, 2, largefile | 2)] \
+            == [True, True, True, False, False]
+
+    def test_what_musl_lacks(self, monkeypatch):
+        mine = dict(traceleft.SYMBOLS)
+        names = ("O_FSYNC", "F_EXLCK", "F_SHLCK", "LOCK_MAND", "LOCK_READ", "LOCK_WRITE", "LOCK_RW", "SIGCLD")
+        for name in names:
+            for module in (os, fcntl, signal):
+                monkeypatch.delattr(module, name, raising=False)
+        assert {name: traceleft.symbols()[name] for name in names} == {name: mine[name] for name in names}
+
+
 class TestRulesGenerated:
     """Rules are Python's own syntax, so Python's own eval() is an independent evaluation of those that are accepted."""
 
@@ -3549,6 +3569,117 @@ class TestKernelSide:
         assert self.offsets(info)["run_cnt"] == traceleft.PROG_INFO_RUN_COUNT
         assert self.offsets(info)["recursion_misses"] == traceleft.PROG_INFO_RECURSION_MISSES
         assert self.offsets(info)["verified_insns"] == traceleft.PROG_INFO_VERIFIED_INSNS
+
+
+class TestOldestKernel:
+    """The object uses nothing that Linux 5.15 lacks, since no such kernel is at hand to run it. What came when: bcc's
+    docs/kernel-versions.md, include/uapi/linux/{bpf,btf}.h and Documentation/bpf/standardization/instruction-set.rst."""
+
+    HELPERS = {  # those that the object calls
+        "bpf_map_lookup_elem": (3, 19), "bpf_map_update_elem": (3, 19), "bpf_map_delete_elem": (3, 19),
+        "bpf_get_smp_processor_id": (4, 1), "bpf_tail_call": (4, 2), "bpf_get_current_pid_tgid": (4, 2),
+        "bpf_get_current_uid_gid": (4, 2), "bpf_get_current_comm": (4, 2), "bpf_probe_read_user": (5, 5),
+        "bpf_probe_read_kernel": (5, 5), "bpf_probe_read_user_str": (5, 5), "bpf_probe_read_kernel_str": (5, 5),
+        "bpf_ktime_get_boot_ns": (5, 8), "bpf_ringbuf_output": (5, 8), "bpf_ringbuf_query": (5, 8),
+        "bpf_get_current_task_btf": (5, 11), "bpf_get_attach_cookie": (5, 15), "bpf_task_pt_regs": (5, 15)}
+    LAST_HELPER = 175     # bpf_task_pt_regs; 176, bpf_get_branch_snapshot, is of 5.16
+    LAST_MAP_TYPE = 29    # BPF_MAP_TYPE_TASK_STORAGE, 5.11; 30, BPF_MAP_TYPE_BLOOM_FILTER, is of 5.16
+    MAP_FLAGS = 0x1fff    # up to BPF_F_INNER_MAP, 5.10; 0x2000, BPF_F_LINK, is of 6.0
+    BTF_KINDS = {"INT", "PTR", "ARRAY", "STRUCT", "UNION", "ENUM", "FWD", "TYPEDEF", "VOLATILE", "CONST", "RESTRICT", "FUNC",
+                 "FUNC_PROTO", "VAR", "DATASEC", "FLOAT"}  # FLOAT: 5.13; then DECL_TAG 5.16, TYPE_TAG 5.17, ENUM64 6.0
+    SECTIONS = {"tp": (4, 7), "tp_btf": (5, 5), "iter/task_file": (5, 8), "syscall": (5, 14)}
+    ATOMICS = {0x00, 0x01, 0x40, 0x41, 0x50, 0x51, 0xa0, 0xa1, 0xe1, 0xf1}  # all of 5.12; 0x100 and 0x110 are of 6.15
+
+    @pytest.fixture
+    def functions(self):
+        """(section, function) -> its instructions: opcode, source register, offset, immediate."""
+        text = subprocess.run(["llvm-objdump-14", "-d", traceleft.OBJECT_PATH], capture_output=True, text=True, check=True).stdout
+        found, section, name = {}, None, None
+        for line in text.splitlines():
+            if line.startswith("Disassembly of section "):
+                section = line.split()[-1].rstrip(":")
+            elif match := re.match(r"[0-9a-f]{16} <(.+)>:$", line):
+                name = match[1]
+            elif match := re.match(r" *\d+:\t((?:[0-9a-f]{2}[ \t]){8,16})", line):
+                opcode, registers, offset, immediate = struct.unpack("=BBhi", bytes.fromhex(match[1])[:8])
+                found.setdefault((section, name), []).append((opcode, registers >> 4, offset, immediate))
+        assert sum(map(len, found.values())) > 5000
+        return found
+
+    @pytest.fixture
+    def types(self):
+        return json.loads(subprocess.run(["bpftool", "-j", "btf", "dump", "file", traceleft.OBJECT_PATH],
+                                         capture_output=True, check=True).stdout)["types"]
+
+    @staticmethod
+    def understood(opcode, offset, immediate):
+        """Whether Linux 5.12 to 5.17 know the instruction."""
+        kind, mode, code = opcode & 7, opcode & 0xe0, opcode & 0xf0
+        if kind == 0:
+            return opcode == 0x18
+        if kind in (1, 2):  # 0x80: sign-extending loads, 6.6
+            return mode == 0x60
+        if kind == 3:
+            return mode == 0x60 or mode == 0xc0 and opcode & 0x18 in (0, 0x18) and immediate in TestOldestKernel.ATOMICS
+        if kind == 5:  # 0xe0: may_goto, 6.9
+            return code <= 0xd0
+        if kind == 6:  # 0x00: a jump of 32 bits, 6.6
+            return code <= 0xd0 and code not in (0, 0x80, 0x90)
+        return offset == 0 and code <= 0xd0 and opcode != 0xd7  # signed division and moves, and bswap, are of 6.6
+
+    def test_what_is_not_understood(self):
+        """What instruction set v4 and later ones have."""
+        for instruction in [(0x06, 0, 9), (0x81, 0, 0), (0x91, 0, 0), (0xbf, 8, 0), (0x37, 1, 3), (0xd7, 0, 16), (0xe5, 0, 9),
+                            (0xdb, 0, 0x100), (0xdb, 0, 0x110)]:
+            assert not self.understood(*instruction)
+        assert self.understood(0xdb, 0, 0xf1) and self.understood(0x05, 9, 0) and self.understood(0xbf, 0, 0)
+
+    def test_instructions(self, functions):
+        assert {instruction for code in functions.values() for instruction in code
+                if not self.understood(instruction[0], *instruction[2:])} == set()
+
+    def test_helpers(self, functions):
+        """No kfunc (source 2), no helper that is newer; calls of the object's own functions have source 1."""
+        calls = {(source, 0 if source == 1 else number) for code in functions.values() for opcode, source, _, number in code
+                 if opcode == 0x85}
+        header = Path("/usr/include/bpf/bpf_helper_defs.h").read_text()
+        names = {int(number): name for name, number in re.findall(r"\(\*(bpf_\w+)\)\(.*\) = \(void \*\) ?(\d+);", header)}
+        assert names[self.LAST_HELPER] == "bpf_task_pt_regs"
+        assert {source for source, _ in calls} == {0, 1}
+        assert {names[number] for source, number in calls if source == 0} == set(self.HELPERS)
+        assert max(number for source, number in calls if source == 0) <= self.LAST_HELPER
+        assert max(self.HELPERS.values()) <= (5, 15)
+
+    def test_a_gate_calls_no_function(self, functions):
+        """A program with both tail calls and functions is refused on aarch64 before 6.0: commit d4609a5d8c70."""
+        gates = [code for code in functions.values() if (0x85, 0, 0, 12) in code]
+        assert len(gates) == len(traceleft.GATES)
+        assert not any(opcode == 0x85 and source == 1 for code in gates for opcode, source, *_ in code)
+
+    def test_only_atomics_of_what_aarch64_knows_since_5_18(self, functions):
+        """If the object no longer has any that return the old value, aarch64 can do with 5.15 as well."""
+        returning = [i for code in functions.values() for i in code if i[0] & 0xe7 == 0xc3 and i[3] & 1]
+        assert returning
+        code = ("import platform; platform.machine = lambda: 'aarch64'; platform.release = lambda: '5.17.0-1-arm64'; import traceleft; "
+                "print(traceleft.lacks_kernel()); platform.release = lambda: '5.18.0'; print(traceleft.lacks_kernel())")
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE).stdout == \
+            "kernel 5.17.0-1-arm64 is too old: it needs 5.18 or later on aarch64\n\n"
+
+    def test_programs(self, functions):
+        assert {section if section in self.SECTIONS else section.split("/")[0] for section, _ in functions} == {*self.SECTIONS, ".text"}
+        assert max(self.SECTIONS.values()) <= (5, 15)
+
+    def test_maps(self, types):
+        by_id = {kind["id"]: kind for kind in types}
+        section = next(kind for kind in types if kind["kind"] == "DATASEC" and kind["name"] == ".maps")
+        maps = [by_id[by_id[variable["type_id"]]["type_id"]] for variable in section["vars"]]
+        found = [{member["name"]: by_id[by_id[member["type_id"]]["type_id"]].get("nr_elems") for member in one["members"]} for one in maps]
+        assert len(found) > 20 and all(one["type"] and one["type"] <= self.LAST_MAP_TYPE for one in found)
+        assert not any((one.get("map_flags") or 0) & ~self.MAP_FLAGS for one in found)
+
+    def test_btf(self, types):
+        """libbpf would make older kinds of what the kernel does not know; it does not have to."""
+        assert {kind["kind"] for kind in types} - self.BTF_KINDS == set()
 
 
 class TestPrivileges:
@@ -7385,6 +7516,25 @@ class TestDoctor:
         monkeypatch.setattr(sys, "prefix", "/usr")
         with pytest.raises(traceleft.HostError, match="apt-get install python3-grpcio python3-protobuf, or "):
             traceleft.import_optional("grpc")
+
+    def test_how_alpine_installs(self, monkeypatch, tmp_path):
+        (tmp_path / "apk").touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(sys, "prefix", "/usr")
+        monkeypatch.setitem(sys.modules, "grpc", None)
+        monkeypatch.setattr(traceleft, "LIBBPF_NAME", "libbpf-missing.so")
+        monkeypatch.setattr(traceleft, "CA_BUNDLES", ())
+        for function, message in ((lambda: traceleft.import_optional("grpc"), "apk add py3-grpcio py3-protobuf, or "),
+                                  (traceleft.Libbpf, ": apk add libbpf, or "), (traceleft.system_roots, ": apk add ca-certificates, or ")):
+            with pytest.raises(traceleft.HostError, match=message):
+                function()
+
+    def test_sudo_only_where_it_is(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(traceleft, "capability_set", lambda name: 0)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert traceleft.lacks_privilege() == "missing privilege CAP_BPF and CAP_PERFMON: run it as root"
+        (tmp_path / "sudo").touch(mode=0o755)
+        assert traceleft.lacks_privilege().endswith(f": run it as root, as in sudo {sys.argv[0]}")
 
     @pytest.mark.parametrize("mode, state", [("none", "ok  "), ("integrity", "ok  "), ("", "-   ")])
     def test_what_is_not_known_is_not_ok(self, monkeypatch, mode, state):

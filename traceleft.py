@@ -1277,14 +1277,15 @@ def left_open(blanked: str) -> Optional[Tuple[str, int]]:
 
 
 def symbols() -> Dict[str, int]:
-    """Names such as O_CREAT, ENOENT and AF_INET with their values on this machine, from the standard library."""
+    """Names such as O_CREAT, ENOENT and AF_INET with their values on this machine, from the standard library, whatever
+    libc that was built with."""
     found = dict(OTHER_SYMBOLS)
     for module, pattern in ((os, "O_"), (stat, "S_"), (socket, "AF_|SOCK_|IPPROTO_"), (signal, "SIG[^_]"),
                             (errno, "E[A-Z0-9]+$"), (mmap, "PROT_|MAP_"), (fcntl, "F_|LOCK_")):
         for name in dir(module):
             if re.match(pattern, name) and isinstance(getattr(module, name), int):
                 found[name] = int(getattr(module, name))
-    return found
+    return {**found, **KERNEL_SYMBOLS}
 
 
 OTHER_SYMBOLS = {  # what the standard library lacks, the same on x86_64 and aarch64. Sources: include/uapi/linux/*.h
@@ -1301,7 +1302,13 @@ OTHER_SYMBOLS = {  # what the standard library lacks, the same on x86_64 and aar
     "MS_RDONLY": 1, "MS_NOSUID": 2, "MS_NODEV": 4, "MS_NOEXEC": 8, "MS_REMOUNT": 32, "MS_BIND": 4096, "MS_MOVE": 8192,
     "MNT_FORCE": 1, "MNT_DETACH": 2, "PR_SET_NAME": 15, "PR_SET_SECCOMP": 22, "PR_SET_NO_NEW_PRIVS": 38,
     "BPF_MAP_CREATE": 0, "BPF_PROG_LOAD": 5, "RENAME_NOREPLACE": 1, "RENAME_EXCHANGE": 2,
+    # fcntl.h and signal.h: glibc's names, which musl lacks
+    "O_FSYNC": os.O_SYNC, "F_EXLCK": 4, "F_SHLCK": 8, "LOCK_MAND": 32, "LOCK_READ": 64, "LOCK_WRITE": 128,
+    "LOCK_RW": 192, "SIGCLD": signal.SIGCHLD,
 }
+# What is in the kernel's arguments, where a libc says otherwise: musl's O_ACCMODE has O_PATH in it, and O_LARGEFILE,
+# which musl's open() sets, is 0 for glibc. Sources: asm-generic/fcntl.h, and asm/fcntl.h of arm64, in include/uapi
+KERNEL_SYMBOLS = {"O_ACCMODE": 3, "O_LARGEFILE": 0o400000 if platform.machine() == "aarch64" else 0o100000}
 SYMBOLS = symbols()
 
 
@@ -4039,15 +4046,21 @@ def wire_messages() -> Dict[str, Tuple[WireField, ...]]:
     return {**messages, "Metric": (*metric, *METRIC_EXTENSIONS), "Empty": ()}
 
 
+def install_command(debian: str, alpine: str) -> str:
+    """What installs a distribution's packages."""
+    return f"apk add {alpine}" if shutil.which("apk") else f"apt-get install {debian}"
+
+
 def import_optional(module: str) -> Any:
     """An optional package. Raises HostError that says how to get it."""
     os.environ["GRPC_VERBOSITY"] = "NONE"  # the library's own lines on stderr: ours say what matters
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        debian = "apt-get install python3-grpcio python3-protobuf, or " if sys.prefix == "/usr" else ""
+        packages = ("python3-grpcio python3-protobuf", "py3-grpcio py3-protobuf")
+        packaged = f"{install_command(*packages)}, or " if sys.prefix == "/usr" else ""
         raise HostError(f"a grpc channel and 'collect' need the Python packages grpcio and protobuf ({error}): "
-                        f"{debian}{sys.executable} -m pip install grpcio protobuf") from None
+                        f"{packaged}{sys.executable} -m pip install grpcio protobuf") from None
 
 
 def build_wire() -> Dict[str, Any]:
@@ -4530,8 +4543,9 @@ def system_roots() -> bytes:
             return Path(path).read_bytes()
         except OSError:
             continue
-    raise HostError("no CA certificates found to check the collector's: apt-get install ca-certificates, "
-                    "or use --collector-insecure for a collector without TLS")
+    install = install_command("ca-certificates", "ca-certificates")
+    raise HostError(f"no CA certificates found to check the collector's: {install}, or use --collector-insecure for a "
+                    "collector without TLS")
 
 
 def read_token(path: str) -> str:
@@ -5712,7 +5726,7 @@ class Libbpf:
 
     def __init__(self, verbose: bool = False) -> None:
         """Raises HostError when the library is missing or too old."""
-        install = "apt-get install libbpf1, or the distribution's package of libbpf 1.0 or later"
+        install = f"{install_command('libbpf1', 'libbpf')}, or the distribution's package of libbpf 1.0 or later"
         try:
             self.library = ctypes.CDLL(LIBBPF_NAME, use_errno=True)
         except OSError as error:
@@ -5892,7 +5906,8 @@ def empty_bounding_set() -> None:
 # ======================================================================================================================
 
 BTF_PATH = "/sys/kernel/btf/vmlinux"
-MIN_KERNEL = (5, 15)
+# aarch64's compiler of BPF has atomics that return the old value only since 5.18: commit 1902472b4fa9
+MIN_KERNEL = (5, 18) if platform.machine() == "aarch64" else (5, 15)
 STREAM_RING_BYTES = 64 << 20   # where events are streamed: a burst of 170,000 records of short paths
 SAMPLE_RING_BYTES = 1 << 20    # for samples: those of a second, of 1,000 filters and 800-byte paths
 BATCH = 4096                   # records read at once: between two batches the loop sees signals and the time
@@ -5949,7 +5964,8 @@ def lacks_privilege() -> str:
         return ""
     missing = [name for name, bit in (("CAP_BPF", CAP_BPF), ("CAP_PERFMON", CAP_PERFMON))
                if not capabilities >> bit & 1]
-    return f"missing privilege {' and '.join(missing)}: run it as root, as in sudo {sys.argv[0]}" if missing else ""
+    how = f", as in sudo {sys.argv[0]}" if shutil.which("sudo") else ""
+    return f"missing privilege {' and '.join(missing)}: run it as root{how}" if missing else ""
 
 
 def lacks_initial_namespace() -> str:
@@ -5969,7 +5985,8 @@ def lacks_architecture() -> str:
 def lacks_kernel() -> str:
     if kernel_version() >= MIN_KERNEL or kernel_version() == (0, 0):
         return ""
-    return f"kernel {platform.release()} is too old: it needs {'.'.join(map(str, MIN_KERNEL))} or later"
+    return f"kernel {platform.release()} is too old: it needs {'.'.join(map(str, MIN_KERNEL))} or later on " \
+           f"{platform.machine()}"
 
 
 def lacks_btf() -> str:
@@ -7021,7 +7038,8 @@ def load_hint(error: OSError) -> str:
     return {
         errno.EPERM: ": a capability is missing, or the kernel is locked down",
         errno.EACCES: ": its verifier did not accept a program",
-        errno.EINVAL: ": its verifier did not accept a program, or it lacks a feature of 5.15",
+        errno.EINVAL: ": its verifier did not accept a program, or it lacks a feature of "
+                      f"{'.'.join(map(str, MIN_KERNEL))}",
         errno.ENOMEM: ": not enough memory; try a smaller --ring-size",
         errno.ESRCH: ": its BTF lacks a type that the object needs",
     }.get(error.errno or 0, "")

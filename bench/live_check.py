@@ -34,6 +34,8 @@ import traceleft  # noqa: E402
 # ----------------------------------------------------------------------------------------------------------------------
 
 LIBC_NAMES = {"pread64": "pread", "pwrite64": "pwrite"}
+# What musl's open(), openat(), creat() and fcntl(F_SETFL) add; 0 with glibc, which adds nothing on a 64-bit machine
+LARGEFILE = os.O_LARGEFILE
 AT_FDCWD = -100
 NULL = 0
 
@@ -43,6 +45,9 @@ class Calls:
 
     def __init__(self):
         self.libc = ctypes.CDLL(None, use_errno=True)
+        # musl 1.2.6, which is told by its new renameat2(), makes pwritev2 of pwrite
+        musl_1_2_6 = hasattr(self.libc, "renameat2") and not hasattr(self.libc, "gnu_get_libc_version")
+        self.by_number = {"pwrite64"} if musl_1_2_6 else set()
         self.made = []
         self.kept = []  # what the addresses point to
 
@@ -63,7 +68,7 @@ class Calls:
         """Calls it; strings are passed as such. `shown` are the arguments as they are printed, where they differ."""
         name = function or LIBC_NAMES.get(event, event)
         plain = [arg.encode() if isinstance(arg, str) else ctypes.c_long(arg) for arg in args]
-        if hasattr(self.libc, name):
+        if hasattr(self.libc, name) and event not in self.by_number:
             call = getattr(self.libc, name)
         else:
             call, plain = self.libc.syscall, [ctypes.c_long(traceleft.syscall_number(event)), *plain]
@@ -74,11 +79,12 @@ class Calls:
 
 def call_names(do, call):
     """Calls that are about names, in the current directory."""
-    fd = call("open", "file", os.O_RDWR | os.O_CREAT, 0o640)
-    created = call("open", "created", 0o600, function="creat", shown=("created", os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+    fd = call("open", "file", os.O_RDWR | os.O_CREAT, 0o640, shown=("file", os.O_RDWR | os.O_CREAT | LARGEFILE, 0o640))
+    created = call("open", "created", 0o600, function="creat",
+                   shown=("created", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | LARGEFILE, 0o600))
     directory = call("open", AT_FDCWD, ".", os.O_RDONLY | os.O_DIRECTORY, function="openat",
-                     shown=(".", os.O_RDONLY | os.O_DIRECTORY, 0))
-    call("open", "missing", 0, 0)
+                     shown=(".", os.O_RDONLY | os.O_DIRECTORY | LARGEFILE, 0))
+    call("open", "missing", 0, 0, shown=("missing", LARGEFILE, 0))
     call("mkdir", "directory", 0o750)
     call("mkdirat", directory, "other", 0o700)
     call("chmod", "file", 0o4755)
@@ -152,9 +158,9 @@ def call_sockets(do, call):
     name = do.address(struct.pack("=H", 1) + b"s.sock\0")
     call("bind", here, name, 9, shown=(here, "s.sock", 9))
     call("listen", here, 5)
-    call("fcntl", here, 4, os.O_NONBLOCK)
+    call("fcntl", here, 4, os.O_NONBLOCK, shown=(here, 4, os.O_NONBLOCK | LARGEFILE))
     call("accept", here, NULL, NULL)
-    call("accept4", here, NULL, NULL, 0)
+    call("accept4", here, NULL, NULL, socket.SOCK_CLOEXEC)  # without flags musl calls accept
     other = call("socket", 1, 1, 0)
     call("connect", other, name, 9, shown=(other, "s.sock", 9))
     call("sendto", other, do.address(b"ping"), 4, 0, NULL, 0, shown=(other, "ping", 4, 0, "", 0))
@@ -316,7 +322,7 @@ def check_walk_through(folder):
     text = Path(folder, "traceleft.log").read_text()
     counts = [int(count) for count in re.findall(r"^COUNT: (\d+)$", text, re.M)]
     block = re.search(r'^EVENT: {Timestamp:\d+ ProgramID:0 Pid:\d+ Ret:\d+ Name:open Hash:\d+ Flags:0} '
-                      rf'Filename "{re.escape(path)}" Flags {577 | os.O_CLOEXEC} Mode 438$', text, re.M)
+                      rf'Filename "{re.escape(path)}" Flags {577 | os.O_CLOEXEC | LARGEFILE} Mode 438$', text, re.M)
     expected = [(made, made // 100, made - made // 100), (made, made // 7, made - made // 7)]
     found = [(row["matched"], row["passed"], row["folded"]) for row in rows]
     report(summary["code"] == 0 and summary["balanced"] and found == expected and not any(row["lost"] for row in rows)

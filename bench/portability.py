@@ -245,6 +245,27 @@ def source(package, suite, folder):
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
+def originals(packages, folder):
+    """Debian's source packages, as in zlib/bookworm, without Debian's own changes; downloads their archives."""
+    check_call(["apt-get", "source", "-qq", "--download-only", "--tar-only", *packages], env=source_apt(), cwd=folder)
+
+
+def libbpf_of_linux():
+    """The folder of libbpf.so.1 as Linux 6.1 has it, some weeks after libbpf 1.0: the oldest 1.x that Debian has."""
+    def make(folder):
+        check_call(["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", "linux-source-6.1"], cwd=folder)
+        check_call(["sh", "-c", "dpkg-deb --fsys-tarfile *.deb | tar -xO --wildcards '*/linux-source-6.1.tar.xz' >linux.tar.xz"],
+                   cwd=folder)
+        parts = "tools/lib", "tools/include", "tools/scripts", "tools/build", "tools/arch", "include/uapi", "scripts/bpf_doc.py"
+        check_call(["tar", "-xf", "linux.tar.xz", *(f"linux-source-6.1/{part}" for part in parts)], cwd=folder)
+        (folder / "built").mkdir()
+        check_call(["make", "-s", "-C", "linux-source-6.1/tools/lib/bpf", f"OUTPUT={folder}/built/"], cwd=folder)
+        version = (folder / "linux-source-6.1/tools/lib/bpf/libbpf_version.h").read_text()
+        assert re.findall(r"LIBBPF_\w+_VERSION (\d+)", version) == ["1", "1"], version
+        check_call(["sh", "-c", "rm -r *.deb linux.tar.xz linux-source-6.1"], cwd=folder)
+    return cached("libbpf-linux-6.1", make) / "built"
+
+
 def libbpf(suite):
     """The folder of libbpf.so.1, built from the suite's source package."""
     def make(folder):
@@ -252,8 +273,82 @@ def libbpf(suite):
     return cached(f"libbpf-{suite}", make) / "built"
 
 
-def run_libbpf(suite):
-    return live_check(sys.executable, env={"LD_LIBRARY_PATH": str(libbpf(suite))})
+def run_libbpf(folder):
+    return live_check(sys.executable, env={"LD_LIBRARY_PATH": str(folder)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# musl
+# ----------------------------------------------------------------------------------------------------------------------
+
+MUSL_SOURCES = ["busybox/bookworm", "elfutils/bookworm", "libbpf/bookworm", "libffi/bookworm", "musl/sid", "python3.11/bookworm",
+                "xz-utils/bookworm", "zlib/bookworm"]
+
+# Run in a mount namespace of its own: mounts what a host has, and nothing that can be written to but /run
+MUSL_ROOT = """
+set -e
+mount --bind "$root" "$root"
+[ -z "$libc" ] || mount --bind "$libc" "$root/lib/ld-musl-x86_64.so.1"
+mount -t proc proc "$root/proc"
+mount -t sysfs sysfs "$root/sys"
+mount -t tmpfs tmpfs "$root/dev"
+for name in null zero urandom; do touch "$root/dev/$name"; mount --bind "/dev/$name" "$root/dev/$name"; done
+mount -t tmpfs tmpfs "$root/run"
+mount --bind "$program" "$root/p"
+[ -z "$packages" ] || { mkdir "$root/run/packages"; mount --bind "$packages" "$root/run/packages"; }
+for name in "" /dev /p; do mount -o remount,ro,bind "$root$name"; done
+exec chroot "$root" /bin/busybox env -i PATH=/bin:/usr/bin TMPDIR=/run ${packages:+PYTHONPATH=/run/packages} /bin/sh -ec "$1"
+"""
+
+# What it is has to be so, and the file has to start by its `#!` line
+MUSL_CHECK = """
+set -- $(/lib/ld-musl-x86_64.so.1 2>&1 || :)
+[ "$1 $2" = "musl libc" ]
+echo "musl $5"
+[ "$5" = "$VERSION" ]
+if (: >/tmp/file) 2>/dev/null; then echo "FAIL /tmp can be written to"; exit 1; fi
+if command -v sudo || command -v bash || command -v apt-get; then echo "FAIL not busybox alone"; exit 1; fi
+[ "$(readlink -f "$(command -v ls)")" = /bin/busybox ]
+cd /p
+./traceleft --version
+python3 -c 'import os, sys; os.setuid(65534); os.execvp("python3", ["python3", *sys.argv[1:]])' \
+    traceleft trace open 2>/run/refused && exit 1
+[ "$(cat /run/refused)" = "traceleft: missing privilege CAP_BPF and CAP_PERFMON: run it as root" ]
+echo "pass another user is refused in one line"
+exec python3 live_check.py traceleft
+"""
+
+
+def musl_userland():
+    """A folder with `root`, all of musl's and busybox's, and `libc.so`, a newer musl; see bench/musl.sh."""
+    def make(folder):
+        sources = Path(tempfile.mkdtemp(dir=dist))
+        originals(MUSL_SOURCES, sources)
+        check_call([BENCH / "musl.sh", sources, folder])
+    return cached("musl", make)
+
+
+def musl_wheels(packages):
+    """A folder of packages from PyPI as they are built for musl."""
+    def make(folder):
+        check_call([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--target", folder,
+                    "--platform", "musllinux_1_2_x86_64", "--platform", "musllinux_1_1_x86_64", "--python-version", "3.11",
+                    "--implementation", "cp", "--only-binary=:all:", *packages])
+    return cached(f"musl-{'-'.join(packages)}", make)
+
+
+def run_musl(libc, packages=()):
+    """On this machine's kernel, in a folder that is the root of the file system; `libc` is another than it is built with."""
+    userland = musl_userland()
+    folder = Path(tempfile.mkdtemp(dir=dist))
+    for file in (dist / "traceleft", BENCH / "live_check.py"):
+        shutil.copy(file, folder)
+    env = {"root": str(userland / "root"), "libc": libc and str(userland / libc), "program": str(folder),
+           "packages": str(musl_wheels(packages)) if packages else ""}
+    check = f"VERSION={'1.2.6' if libc else '1.2.3'}\n{MUSL_CHECK}"
+    with host_lock:
+        return sh(["unshare", "--mount", "--propagation", "private", "sh", "-c", MUSL_ROOT, "sh", check],
+                  env={**os.environ, **env})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,7 +401,7 @@ def kernel_rows() -> List[Row]:
         booted("amd64, newest kernel, Debian unstable's userland", "newest", "amd64", suite="sid"),
         booted("amd64, newest kernel, Debian unstable's userland, Python 3.15", "newest", "amd64", suite="sid", python="python3.15"),
         booted("amd64, kernel 5.10: refused", "5.10", "amd64", "--refused", "it needs 5.15 or later"),
-        booted("arm64, kernel 5.10: refused", "5.10", "arm64", "--refused", "it needs 5.15 or later"),
+        booted("arm64, kernel 5.10: refused", "5.10", "arm64", "--refused", "it needs 5.18 or later"),
         booted("amd64, kernel 6.1, Debian 11's userland (libbpf 0.3): refused", "6.1", "amd64", "--refused",
                "cannot load libbpf.so.1", suite="bullseye"),
         booted("amd64, kernel 6.1, locked down: refused", "6.1", "amd64", "--refused", "locked down (confidentiality)",
@@ -319,9 +414,13 @@ def kernel_rows() -> List[Row]:
 
 def all_rows() -> List[Row]:
     return [*kernel_rows(),
-            Row("libbpf of Debian 12, built from source", lambda: run_libbpf("bookworm")),
-            Row("libbpf of Debian 13, built from source", lambda: run_libbpf("trixie")),
-            Row("libbpf of Debian unstable, built from source", lambda: run_libbpf("sid")),
+            Row("libbpf of Linux 6.1, between 1.0 and 1.1, built from source", lambda: run_libbpf(libbpf_of_linux())),
+            Row("libbpf of Debian 12, built from source", lambda: run_libbpf(libbpf("bookworm"))),
+            Row("libbpf of Debian 13, built from source", lambda: run_libbpf(libbpf("trixie"))),
+            Row("libbpf of Debian unstable, built from source", lambda: run_libbpf(libbpf("sid"))),
+            Row("musl 1.2.3 and busybox userland, nothing else, / and /tmp read-only", lambda: run_musl("")),
+            Row("musl 1.2.6 and busybox userland, newest grpcio and protobuf",
+                lambda: run_musl("libc.so", ["grpcio", "protobuf"]), expects_grpc=True),
             *python_rows()]
 
 
