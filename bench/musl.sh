@@ -10,7 +10,8 @@
 set -euo pipefail
 sources=$(realpath "$1") folder=$(realpath "$2")
 build=$folder/build root=$folder/root interpreter=/lib/ld-musl-x86_64.so.1
-mkdir -p "$build/include" "$root"/{bin,dev,lib,p,proc,run,sys,tmp,usr/bin,usr/lib,usr/include}
+mkdir -p "$build/include" "$root"/{bin,dev,etc,lib,p,proc,run,sys,tmp,usr/bin,usr/lib,usr/include}
+echo 127.0.0.1 localhost >"$root/etc/hosts" # musl knows it from there alone
 
 say() { echo "musl: $*" >&2; }
 trap 'say "failed; the end of $build/log:"; tail -n 30 "$build/log" >&2' ERR
