@@ -1094,6 +1094,8 @@ class TestSpec:
         (lambda s: edit(s, "channels", id=""), ["channels[0].id: expected a text"]),
         (lambda s: edit(s, "channels", id="9"), ["events[0].channel: unknown channel id '1'"]),
         (lambda s: {**s, "channels": s["channels"] * 2}, ["channels[1].id: '1' is already the id of channels[0]"]),
+        (lambda s: {**s, "channels": [{"id": name, "type": "file", "path": "-"} for name in "12"]},
+         ["channels[1].path: '-' is already the path of channels[0]"]),
         (lambda s: edit(s, "channels", type="grpc", path="nohost"), ["channels[0].path: expected HOST:PORT", "format"]),
         (lambda s: edit(s, "channels", type="grpc", path="h:99999"), ["channels[0].path: there is no port 99999", "format"]),
         (lambda s: edit(s, "channels", rotate={"max_byte": 1}), [
@@ -1229,7 +1231,7 @@ class TestSchema:
     """What the validator accepts the schema accepts; what it refuses the schema refuses, where a schema can say so."""
 
     BEYOND = re.compile(  # what errors speak of that no schema can tell
-        r"filters are too many|unknown channel id|is already the (id|spool)|stands (twice|in)|has no field|format for a (file|grpc) channel|"
+        r"filters are too many|unknown channel id|is already the (id|path|spool)|stands (twice|in)|has no field|format for a (file|grpc) channel|"
         r"rule: (syntax|write)|expected HOST:PORT|there is no port")
 
     def test_the_file_is_what_the_program_prints(self):
@@ -1634,6 +1636,52 @@ class TestFileChannel:
         with pytest.raises(OSError, match="'link' is another user's"):
             traceleft.open_log(path)
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
+    @pytest.mark.parametrize("kind", ["log", "spool", "summary", "recording"])
+    def test_nobody_else_decides_where_root_writes(self, tmp_path, kind):
+        """Whatever is written: no file, directory or link of another user in a place such as /tmp, nor a link in that user's own
+        directory, leads there."""
+        precious, shared, theirs = tmp_path / "precious", tmp_path / "shared", tmp_path / "theirs"
+        (precious / "s").mkdir(parents=True)
+        (precious / "s").chmod(0o700)
+        (precious / "f").write_text("precious")
+        for folder in (shared, theirs, shared / "their-folder"):
+            folder.mkdir()
+        shared.chmod(0o1777)
+        name = "s" if kind == "spool" else "f"
+        for link in (shared / "link", theirs / "link", shared / "their-folder/link"):
+            link.symlink_to(precious / name)
+        (shared / "folder-link").symlink_to(precious)
+        if kind != "spool":
+            (shared / "file").touch()
+            (theirs / "hard-link").hardlink_to(precious / "f")
+        for path in (theirs, *theirs.iterdir(), *shared.iterdir(), shared / "their-folder/link"):
+            if path.name != "hard-link":
+                os.lchown(path, 1, 1)
+
+        def write(path):
+            if kind == "log":
+                os.close(traceleft.open_log(path))
+            elif kind == "spool":
+                os.close(traceleft.open_spool(path))
+            elif kind == "summary":
+                traceleft.check_summary(path)
+                traceleft.write_summary(path, {})
+            else:
+                recorder = traceleft.Recorder(path)
+                recorder.open()
+                os.close(recorder.fd)
+
+        traps = [shared / "link", theirs / "link", shared / "their-folder/link", shared / "their-folder/new", shared / f"folder-link/{name}"]
+        for path in traps + ([] if kind == "spool" else [shared / "file", theirs / "hard-link"]):
+            with pytest.raises((OSError, traceleft.TraceleftError), match="another user's|another name"):
+                write(str(path))
+        assert not (shared / "their-folder/new").exists() and not list((precious / "s").iterdir())
+        assert (precious / "f").read_text() == "precious"
+        write(str(shared / "new"))
+        write(str(theirs / "new"))
+        assert (shared / "new").stat().st_mode & 0o777 == (0o700 if kind == "spool" else 0o600)
+
     @pytest.mark.parametrize("target", ["loop", "a/../loop"])
     def test_symlinks_in_a_circle(self, tmp_path, target):
         (tmp_path / "a").mkdir()
@@ -1697,9 +1745,9 @@ class TestFileChannel:
             def meanwhile(plain, path, flag):
                 write(plain, path, flag)
                 if not threads:
-                    traceleft.lock_log(channel.fd, fcntl.LOCK_SH)
+                    assert traceleft.lock_log(channel.fd)
                     channel.append(b"late\n")
-                    threads.append(threading.Timer(0.2, traceleft.lock_log, (channel.fd, fcntl.LOCK_UN)))
+                    threads.append(threading.Timer(0.2, traceleft.unlock_log, (channel.fd,)))
                     threads[0].start()
                 else:
                     assert not threads[0].is_alive()  # it has waited
@@ -1713,15 +1761,81 @@ class TestFileChannel:
         assert self.counts(log) == [2] and {path.name for path in tmp_path.iterdir()} == {"log", "log.1.gz"}
 
     def test_a_lock_that_somebody_else_holds_holds_up_nothing(self, tmp_path, monkeypatch, capsys):
+        """On the log, which others can only take when they can read it; that on its directory, which all can, is none of ours."""
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
-        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 3, "gzip": True}) as (send, aggregator):
-            send(1)
+        rotate = {"max_bytes": 4096, "keep": 3, "gzip": True}
+        with self.running(tmp_path / "log", rotate=rotate) as (send, aggregator), contextlib.ExitStack() as stack:
+            directory = os.open(tmp_path, os.O_RDONLY)
+            stack.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            send(*[1] * 10)
+            rotation = aggregator.channels["1"].rotation
+            assert rotation.thread and not capsys.readouterr().err
             with (tmp_path / "log").open() as theirs:
                 fcntl.flock(theirs, fcntl.LOCK_EX)
-                send(*[1] * 15)
-                aggregator.channels["1"].rotation.thread.join(DEADLINE)
-        assert self.counts(tmp_path / "log.1", tmp_path / "log") == [1] * 16
-        assert f"cannot compress {tmp_path}/log.1: another process has locked it; it stays as it is" in capsys.readouterr().err
+                begin = time.monotonic()
+                send(*[1] * 200)
+                assert time.monotonic() - begin < DEADLINE and self.counts(tmp_path / "log").count(1) > 200
+            rotation.thread.join(DEADLINE)
+            send(1)
+            rotation.thread.join(DEADLINE)
+        found = [importlib.import_module("gzip").decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+                 for path in tmp_path.iterdir()]
+        assert sum(json.loads(line)["count"] for text in found for line in text.splitlines()) == 211
+        assert capsys.readouterr().err == (f"traceleft: cannot rotate {tmp_path}/log: another process has locked it; it grows beyond "
+                                           "its 4096 bytes until it can be\n")
+        assert len(list(tmp_path.glob("log.*"))) == 2
+
+    def test_an_old_file_that_is_locked_stays(self, tmp_path, monkeypatch, capsys):
+        """Another agent is about to replace it by its compressed form."""
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 1}) as (send, _):
+            send(*[1] * 9)
+            old = (tmp_path / "log.1").read_text()
+            with (tmp_path / "log.1").open() as theirs:
+                fcntl.flock(theirs, fcntl.LOCK_EX)
+                send(*[1] * 30)
+                assert (tmp_path / "log.1").read_text() == old
+            send(1)
+            assert (tmp_path / "log.1").read_text() != old
+        assert capsys.readouterr().err.count(f"cannot rotate {tmp_path}/log: another process has locked {tmp_path}/log.1") == 1
+
+    def test_what_a_killed_agent_has_left_of_a_compression_is_removed(self, tmp_path):
+        dead, alive = f"log.3.gz.{2**22 + 1}-7.tmp", f"log.3.gz.{os.getpid()}-7.tmp"
+        for name in (dead, alive, "log.1", "log.x.gz.1-1.tmp"):
+            (tmp_path / name).write_text("x")
+        traceleft.compress_log(f"{tmp_path}/log.1")
+        assert {path.name for path in tmp_path.iterdir()} == {alive, "log.1.gz", "log.x.gz.1-1.tmp"}
+
+    @pytest.mark.parametrize("written", [0, 30, None])
+    def test_an_error_after_something_was_written(self, tmp_path, monkeypatch, written):
+        """As on a file system that is synchronous: nothing doubled, nothing in halves."""
+        write, failures = os.write, [1, 1]
+
+        def fail(fd, data):
+            if fd > 2 and failures:
+                failures.pop()
+                write(fd, data[:written])
+                raise OSError(5, "Input/output error")
+            return write(fd, data)
+        with self.running(tmp_path / "log") as (send, _):
+            send(1)
+            monkeypatch.setattr(os, "write", fail)
+            send(2, 3, 4)
+        assert self.counts(tmp_path / "log") == [1, 2, 3, 4]
+
+    def test_at_the_end_it_is_tried_as_long_as_it_helps(self, tmp_path, monkeypatch):
+        write, turn = os.write, itertools.count()
+
+        def every_other(fd, data):
+            if fd > 2 and next(turn) % 2:
+                raise OSError(5, "Input/output error")
+            return write(fd, data)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data) if fd <= 2 else every_other(1000, b""))
+            send(*range(1, 101))
+            assert len(aggregator.channels["1"].waiting) == 100
+            monkeypatch.setattr(os, "write", every_other)
+        assert self.counts(tmp_path / "log") == list(range(1, 101))
 
     @pytest.mark.parametrize("gzip", [False, True])
     @pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another user")
@@ -1758,7 +1872,7 @@ class TestFileChannel:
             send(*[1] * 40)
         assert self.counts(tmp_path / "log") == [1] * 40
         assert capsys.readouterr().err == (f"traceleft: cannot rotate {tmp_path}/log: others have taken the names of its old files; "
-                                           "it grows beyond its 4096 bytes\n")
+                                           "it grows beyond its 4096 bytes until it can be\n")
 
     @pytest.mark.parametrize("gzip", [False, True])
     def test_rotates_what_a_symlink_leads_to(self, tmp_path, gzip):
@@ -2071,6 +2185,11 @@ class TestWire:
         assert {event.name for event, _ in self.EVENTS} == {kind.name for kind in EVENT_TYPES.values() if kind.metric_field}
 
 
+def read_segment(path):
+    """As read_spooled() of a file in a spool."""
+    return traceleft.read_spooled(path.read_bytes(), bytes.fromhex(path.stem.partition("-")[2]))
+
+
 class TestSpool:
     @staticmethod
     def entry(number, size=100):
@@ -2139,14 +2258,14 @@ class TestSpool:
             segment.write_bytes(data[:left])
             with self.opened(tmp_path / "s") as spool:
                 assert self.numbers(spool) == [0, 1]
-            assert segment.stat().st_size == 2 * self.size
+            assert segment.stat().st_size == left  # what an earlier run has written stays as it is
         said = capsys.readouterr().err
-        assert said.count("bytes behind the last whole record of a segment are cut off") == self.size - 1 and "damaged" not in said
+        assert said.count("bytes behind the last whole record of a segment are left out") == self.size - 1 and "damaged" not in said
 
     @settings(max_examples=300, deadline=None)
     @given(st.integers(0, 3 * 132 - 1), st.integers(1, 255))
     def test_a_record_that_was_changed_is_not_sent(self, place, flip):
-        """And the others are: only the mark at the begin of a segment is needed for them all."""
+        """And the others are."""
         data = bytearray(b"".join(traceleft.pack_spooled(self.entry(number), self.MARK) for number in range(3)))
         data[place % len(data)] ^= flip
         found = [entry.events for _, entry in traceleft.read_spooled(bytes(data), self.MARK) if entry is not None]
@@ -2155,16 +2274,17 @@ class TestSpool:
     @settings(max_examples=200, deadline=None)
     @given(st.binary(max_size=200))
     def test_any_bytes_can_be_read(self, data):
-        assert [entry for _, entry in traceleft.read_spooled(data) if entry is not None] == []
+        assert [entry for _, entry in traceleft.read_spooled(self.MARK + data, self.MARK) if entry is not None] == []
 
     def test_zeros_that_a_crash_leaves_behind_are_no_records(self, tmp_path):
-        assert {entry for _, entry in traceleft.read_spooled(bytes(4096))} == {None}
+        assert list(traceleft.read_spooled(bytes(4096), self.MARK)) == []
         with self.opened(tmp_path / "s") as spool:
             spool.append(self.entry(7))
         (segment,) = (tmp_path / "s").glob("*.spool")
         segment.write_bytes(segment.read_bytes() + bytes(4096))
         with self.opened(tmp_path / "s") as spool:
-            assert self.numbers(spool) == [7] and segment.stat().st_size == self.size
+            assert self.numbers(spool) == [7] and spool.sizes == {1: self.size}
+            assert spool.append(self.entry(8)) and self.numbers(spool) == [7, 8]
 
     def test_a_damaged_record_is_left_out_and_said(self, tmp_path, capsys):
         """What is behind it is sent. A record that an event has in its data is none."""
@@ -2184,7 +2304,52 @@ class TestSpool:
         with self.opened(tmp_path / "s") as spool:
             assert self.numbers(spool) == [4]
         assert capsys.readouterr().err == "".join(
-            f"traceleft: {tmp_path}/s: {count} records of an earlier run are damaged, and are left out\n" for count in (2, 1))
+            f"traceleft: {tmp_path}/s: {length} bytes between records of an earlier run are damaged, and are left out\n"
+            for length in (2 * len(data) // 5, len(data) // 5))
+
+    @pytest.mark.parametrize("place, length", [(0, 1), (0, 512), (0, 4096), (40000, 4096)])
+    def test_damage_anywhere_costs_what_it_hits(self, tmp_path, place, length, capsys):
+        with self.opened(tmp_path / "s") as spool:
+            for number in range(500):
+                spool.append(self.entry(number))
+        (segment,) = (tmp_path / "s").glob("*.spool")
+        data = segment.read_bytes()
+        segment.write_bytes(data[:place] + bytes(length) + data[place + length:])
+        hit = range(place // self.size, (place + length - 1) // self.size + 1)
+        with self.opened(tmp_path / "s") as spool:
+            assert self.numbers(spool) == [number for number in range(500) if number not in hit]
+            assert spool.waiting == 500 - len(hit)
+        assert f"{len(hit) * self.size} bytes between records of an earlier run are damaged" in capsys.readouterr().err
+
+    def test_a_bound_that_is_lowered(self, tmp_path):
+        """What is acknowledged then makes room, be it more than all that is allowed now."""
+        with self.opened(tmp_path / "s", 1 << 22) as spool:
+            for number in range(2000):
+                spool.append(self.entry(number))
+        with self.opened(tmp_path / "s", 65536) as spool:
+            assert not spool.append(self.entry(1))
+            spool.head(2000)
+            spool.pop(1999)
+            assert not spool.append(self.entry(1))
+            spool.head(1)
+            spool.pop(1)
+            for number in range(600):
+                assert spool.append(self.entry(number)) and self.numbers(spool) == [number]
+                spool.pop(1)
+            spool.append(self.entry(7))
+        assert sum(path.stat().st_size for path in (tmp_path / "s").glob("*.spool")) <= 65536
+        with self.opened(tmp_path / "s", 65536) as spool:
+            assert self.numbers(spool) == [7]
+
+    def test_what_fails_while_it_is_opened_leaves_no_lock(self, tmp_path):
+        (tmp_path / "s/cursor").mkdir(parents=True)
+        (tmp_path / "s").chmod(0o700)
+        spec = grpc_spec(free_port(), {"spool": {"dir": f"{tmp_path}/s"}})
+        with pytest.raises(traceleft.TraceleftError, match="Is a directory") as caught:
+            Aggregator(spec, insecure=True)
+        (tmp_path / "s/cursor").rmdir()
+        Aggregator(spec, insecure=True).close()
+        assert caught  # whose traceback has the first one still
 
     def test_what_is_damaged_during_the_run_is_counted(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
@@ -2651,7 +2816,7 @@ class TestGrpcChannel:
             aggregator.flush(float(second))
             assert len(backlog.memory) == (second - 1 if second < 4 else 0)
         (segment,) = (tmp_path / "spool").glob("*.spool")
-        assert len(list(traceleft.read_spooled(segment.read_bytes()))) == 6
+        assert len(list(read_segment(segment))) == 6
         aggregator.close()
         assert aggregator.accounts["open-0"].lost == {"in_spool": 8} and aggregator.summary()["balanced"]
 
@@ -2931,16 +3096,37 @@ class TestOtlp:
         assert second - first >= 0.7
         assert aggregator.accounts["open-0"].delivered == 3 and server.sums()["open-0", "passed"] == 3
 
-    def test_a_long_retry_info_does_not_hold_up_the_end(self, monkeypatch):
+    @pytest.mark.parametrize("works", [False, True])
+    def test_a_long_retry_info_does_not_hold_up_the_end(self, monkeypatch, capsys, works):
+        """Which tries once more; and whoever waits says why."""
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.5)
-        with OtlpServer(metrics=[(grpc.StatusCode.UNAVAILABLE, 3600)]) as server:
+        with OtlpServer(metrics=[(grpc.StatusCode.UNAVAILABLE, 10**11)] * (1 if works else 2)) as server:
             aggregator = self.run_seconds(server.port, 1)
-            wait_until(lambda: server.requests["metrics"], "a request")
+            wait_until(lambda: "UNAVAILABLE: not now; alerts are kept and sent again" in capsys.readouterr().err, "the reason")
             begin = time.monotonic()
             aggregator.close()
-            assert time.monotonic() - begin < 2.0
-        assert len(server.requests["metrics"]) == 1  # the server asked not to
-        assert aggregator.accounts["open-0"].lost == {"not_acknowledged": 3}
+            assert time.monotonic() - begin < DEADLINE
+        assert len(server.requests["metrics"]) == 2
+        assert aggregator.accounts["open-0"].lost == ({} if works else {"not_acknowledged": 3})
+
+    def test_a_reload_does_not_wait_as_the_server_before_asked(self):
+        with OtlpServer(metrics=[(grpc.StatusCode.UNAVAILABLE, 3600)]) as first, OtlpServer() as second:
+            aggregator = self.run_seconds(first.port, 1)
+            wait_until(lambda: first.requests["metrics"], "a request")
+            spec = parse_spec(otlp_spec(second.port))
+            aggregator.reload(spec, frozenset(), aggregator.open_channels(spec), {})
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 3, "its answer")
+            aggregator.close()
+        assert second.sums()["open-0", "passed"] == 3 and len(first.requests["metrics"]) == 1
+
+    def test_whatever_an_answer_brings_about_the_thread_goes_on(self, monkeypatch, capsys):
+        with OtlpServer() as server, monkeypatch.context() as patch:
+            patch.setattr(traceleft.OtlpSignal, "check_partial", lambda *_: 1 / 0)
+            aggregator = self.run_seconds(server.port, 1)
+            wait_until(lambda: "ZeroDivisionError: division by zero; alerts are kept" in capsys.readouterr().err, "what happened")
+            patch.undo()
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 3, "an answer")
+            aggregator.close()
 
     def test_logs_that_fail_do_not_double_metrics(self):
         with OtlpServer(logs=[grpc.StatusCode.UNAVAILABLE] * 3) as server:
@@ -3975,12 +4161,44 @@ class TestReload:
                 links.append(os.readlink(path))
         return collections.Counter(link for link in links if re.match(r"anon_inode:.*(bpf|btf|perf)", link))
 
+    def test_a_spec_that_came_through_a_pipe(self, programs, tmp_path):
+        """It can be read once."""
+        spec = self.write(tmp_path, self.a_filter(tmp_path, "a")).read_text()
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(spec,))
+        writer.start()
+        with Agent("trace", "--spec", tmp_path / "pipe", "--summary", "-") as agent:
+            writer.join()
+            said = self.reload(agent, "was not loaded: the spec before goes on")
+            assert any("pipe is no regular file, and cannot be read a second time" in line for line in said)
+            subprocess.run([programs["opens"], tmp_path / "f", "10"], check=True)
+            code, output = agent.stop()
+        assert (code, json.loads(output)["filters"][0]["matched"]) == (0, 10)
+
+    @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+    def test_signals_while_the_kernel_verifies(self, programs, tmp_path, number):
+        """It gives up for a pending one, so none is let through: each reload works, however many signals come."""
+        specs = [self.a_filter(tmp_path, "a", "frequency=7"), self.a_filter(tmp_path, "b", "frequency=2")]
+        with Agent("trace", "--spec", self.write(tmp_path, specs[0]), "--summary", "-") as agent:
+            for turn in range(4):
+                self.write(tmp_path, specs[0], *specs[1:turn % 2 + 1])
+                before = len(agent.stderr)
+                agent.process.send_signal(signal.SIGHUP)
+                while not any("traceleft: reloaded" in line for line in agent.stderr[before:]):
+                    agent.process.send_signal(number)
+                    time.sleep(0.005)
+                    assert agent.process.poll() is None and not any("was not loaded" in line for line in agent.stderr)
+            subprocess.run([programs["opens"], tmp_path / "f", "14"], check=True)
+            code, output = agent.stop()
+        assert (code, json.loads(output)["filters"][0]["passed"]) == (0, 2) and "refused" not in "".join(agent.stderr)
+
     def test_a_kernel_that_refuses_changes_nothing(self, programs, tmp_path, monkeypatch):
         """What was made by then is undone, and the next reload works."""
         tables = traceleft.Tables(parse_spec(a_spec(f"filename == '{tmp_path}/f'")).filters)
         plan = {"open": traceleft.Wanted(any_process=True)}
         with traceleft.Tracer(plan, tables, spare_filters=10) as tracer:
-            more = parse_spec({**a_spec(), "events": [self.a_filter(tmp_path, "x"), self.a_filter(tmp_path, "y", name="mkdir")]})
+            more = parse_spec({**a_spec(), "events": [
+                self.a_filter(tmp_path, "x"), self.a_filter(tmp_path, "y", name="mkdir", rule=f"pathname == '{tmp_path}/none'")]})
             new_plan = {**plan, "mkdir": traceleft.Wanted(any_process=True)}
             held = self.kernel_objects()
             assert {"anon_inode:bpf-map", "anon_inode:bpf-prog", "anon_inode:[perf_event]"} <= set(held)
@@ -5667,7 +5885,8 @@ class TestRecordings:
         (tmp_path / "link").symlink_to(tmp_path / "rec")
         (tmp_path / "notes").write_text("mine")
         os.mkfifo(tmp_path / "fifo")
-        for name, message in (("link", "Too many levels"), ("notes", "a file that is no recording"), ("fifo", "not a regular file"),
+        self.make(tmp_path / "link", self.opens(1))
+        for name, message in (("notes", "a file that is no recording"), ("fifo", "not a regular file"),
                               (".", "directory"), ("no/rec", "No such file")):
             with pytest.raises(traceleft.TraceleftError, match=message):
                 traceleft.Recorder(str(tmp_path / name)).open()
@@ -7592,6 +7811,9 @@ class TestCommandLine:
         shown = subprocess.run([sys.executable, tmp_path / "traceleft.py", "--version"], capture_output=True, text=True).stdout
         assert re.search(" commit [0-9a-f]{12} object missing$", shown)
 
+    def test_a_file_without_an_end_is_no_spec(self):
+        assert_one_line(run("check", "/dev/zero"), 2, f"/dev/zero: it is larger than {traceleft.MAX_SPEC_BYTES} bytes: is it a spec?")
+
     def test_the_alias_of_spec(self, tmp_path):
         assert "cannot read the spec" in run("trace", "--aggregation-spec", tmp_path / "x").stderr
 
@@ -8485,7 +8707,7 @@ class TestFaults:
         found = {}
         for path in sorted(folder.glob("*.spool")):
             with contextlib.suppress(FileNotFoundError):  # acknowledged meanwhile
-                for _, entry in traceleft.read_spooled(path.read_bytes()):
+                for _, entry in read_segment(path):
                     if entry is None:  # torn
                         continue
                     metric = traceleft.build_wire()["Metric"].FromString(entry.data)

@@ -2425,14 +2425,20 @@ class Spec:
         return [channel for channel in self.channels if channel.id in used]
 
 
+MAX_SPEC_BYTES = 128 << 20  # MAX_FILTERS rules of MAX_RULE_LENGTH, written with escapes
+
+
 def load_spec(path: Union[str, os.PathLike[str]]) -> Spec:
     """The spec in a file. Raises SpecError with every error in it, each beginning with the file's name."""
     name = escape(os.fspath(path))
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_SPEC_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise SpecError(f"{name}: cannot read the spec: {reason}") from None
+    if len(data) > MAX_SPEC_BYTES:
+        raise SpecError(f"{name}: it is larger than {MAX_SPEC_BYTES} bytes: is it a spec?")
     try:
         return parse_spec(parse_json(data))
     except SpecError as error:
@@ -2501,6 +2507,7 @@ class SpecParser:
         channels = [self.channel(item, f"channels[{i}]") for i, item in enumerate(top.get("channels", []))]
         known = {channel.id: channel for channel in channels if channel}
         self.unique("channels", "id", [channel.id if channel else None for channel in channels])
+        self.unique("channels", "path", ["-" if channel and channel.path == "-" else None for channel in channels])
         self.unique("channels", "spool.dir", [os.path.abspath(channel.spool.dir) if channel and channel.spool else None
                                               for channel in channels])
         events = top.get("events", [])
@@ -3437,20 +3444,25 @@ def format_accounting(accounts: Sequence[Account]) -> List[str]:
 # Log files: opened so that nobody else decides where root writes, and rotated
 # ======================================================================================================================
 
+LOCK_SECONDS = 0.05  # to wait for another agent, which has a file for as long as a record or some renames take
 MAX_TAKEN = 100  # names of old files that others may have taken, and that are left out
 MAX_LINKS = 40  # symlinks in one path, as MAXSYMLINKS in include/linux/namei.h
 LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def check_trusted(name: str, found: os.stat_result, directory: os.stat_result) -> None:
-    """Raises OSError for what another user may have put into a directory that everybody can write to, such as /tmp."""
-    if not directory.st_mode & stat.S_IWOTH:
+    """Raises OSError for what leads root elsewhere, or to what others read: where everybody can write, such as /tmp,
+    another user's file, directory or link; in another user's directory that user's links."""
+    trusted = (0, os.geteuid())
+    shared = bool(directory.st_mode & stat.S_IWOTH)
+    if not shared and directory.st_uid in trusted:
         return
-    if found.st_uid not in (0, os.geteuid()):
-        raise OSError(errno.EACCES, f"'{escape(name)}' is another user's, in a directory that everybody can write to")
+    if found.st_uid not in trusted and (shared or stat.S_ISLNK(found.st_mode)):
+        raise OSError(errno.EACCES, f"'{escape(name)}' is another user's, in a directory that "
+                                    + ("everybody can write to" if shared else "is another user's"))
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
-        raise OSError(errno.EACCES, f"'{escape(name)}' has another name too, and is in a directory that everybody can "
-                                    "write to")
+        raise OSError(errno.EACCES, f"'{escape(name)}' has another name too, and is in a directory that others "
+                                    "can write to")
 
 
 def open_parent(path: str) -> Tuple[int, str, Optional[os.stat_result]]:
@@ -3478,6 +3490,8 @@ def open_parent(path: str) -> Tuple[int, str, Optional[os.stat_result]]:
                 name = "/"
             elif not names:
                 return directory, name or ".", found
+            elif found is not None and name != "..":
+                check_trusted(name, found, os.fstat(directory))
             inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
             os.close(directory)
             directory = inner
@@ -3494,21 +3508,21 @@ def stat_at(name: str, directory: int) -> Optional[os.stat_result]:
         return None
 
 
-def check_log(name: str, found: os.stat_result, directory: int) -> None:
+def check_log(name: str, found: os.stat_result, directory: int, regular: bool = True) -> None:
     """Raises OSError for what is no regular file, or not to be trusted."""
     if stat.S_ISDIR(found.st_mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file (for stdout the path is -)")
+    if regular and not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
     check_trusted(name, found, os.fstat(directory))
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str, regular: bool = True) -> None:
     """Raises OSError when open_log() would fail; nothing is made or changed."""
     directory, name, found = open_parent(path)
     try:
         if found is not None:
-            check_log(name, found, directory)
+            check_log(name, found, directory, regular)
         mode = os.W_OK if found is not None else os.W_OK | os.X_OK
         if not os.access(name if found is not None else ".", mode, dir_fd=directory, effective_ids=True):
             code = errno.EROFS if os.fstatvfs(directory).f_flag & os.ST_RDONLY else errno.EACCES
@@ -3517,21 +3531,38 @@ def check_writable(path: str) -> None:
         os.close(directory)
 
 
-def open_log(path: str) -> int:
+def open_log(path: str, flags: int = LOG_FLAGS, regular: bool = True) -> int:
     """A descriptor for appending to the file, which is made with mode 0600 when it is missing. Raises OSError."""
     directory, name, found = open_parent(path)
     try:
         if found is not None:  # before it is opened: to open some devices is to use them
-            check_log(name, found, directory)
-        fd = os.open(name, LOG_FLAGS | os.O_CREAT, 0o600, dir_fd=directory)
+            check_log(name, found, directory, regular)
+        fd = os.open(name, flags | os.O_CREAT, 0o600, dir_fd=directory)
         try:
-            check_log(name, os.fstat(fd), directory)  # what was opened, whatever has been put there since
+            check_log(name, os.fstat(fd), directory, regular)  # what was opened, whatever has been put there since
         except OSError:
             os.close(fd)
             raise
         return fd
     finally:
         os.close(directory)
+
+
+def lock_log(fd: int, seconds: float = 0.0) -> bool:
+    """Whether flock(2) took the file within so many seconds. Who can read a file can lock it, too."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.001)
+
+
+def unlock_log(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 class Rotation:
@@ -3554,13 +3585,17 @@ class Rotation:
         """Whether it was done, or another process has done it: then the path has to be opened again."""
         path, newest = os.path.realpath(self.path), ""
         try:
-            with locked_directory(path):
+            if not lock_log(fd, 0.0 if self.failing else LOCK_SECONDS):
+                raise OSError(errno.EBUSY, "another process has locked it")
+            try:
                 if os.path.samestat(os.stat(path), os.fstat(fd)):
                     newest = self.shift(path)
+            finally:
+                unlock_log(fd)
         except OSError as error:
             if not self.failing:
                 say(f"cannot rotate {escape(self.path)}: {error.strerror}; it grows beyond its {self.spec.max_bytes} "
-                    "bytes")
+                    "bytes until it can be")
             self.failing = True
             return False
         self.failing = False
@@ -3574,12 +3609,10 @@ class Rotation:
         names = [path, *self.free_names(path)]
         if len(names) == 1:
             raise OSError(errno.EEXIST, "others have taken the names of its old files")
-        for suffix in ("", ".gz"):
+        for old, new in zip(names[:0:-1], ["", *names[:1:-1]]):
+            move_old(old, new)
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(names[-1] + suffix)
-            for old, new in zip(names[-2:0:-1], names[:1:-1]):
-                with contextlib.suppress(FileNotFoundError):
-                    os.rename(old + suffix, new + suffix)
+                os.rename(f"{old}.gz", f"{new}.gz") if new else os.unlink(f"{old}.gz")
         os.rename(path, names[1])
         return names[1]
 
@@ -3603,45 +3636,50 @@ class Rotation:
             self.thread.join(CLOSE_TIMEOUT)  # without it the file stays as it is
 
 
-@contextlib.contextmanager
-def locked_directory(path: str) -> Iterator[None]:
-    """Keeps other agents from renaming in the path's directory meanwhile. Raises OSError."""
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def move_old(old: str, new: str) -> None:
+    """Renames an old file that is not being replaced by its compressed form, or removes it. Raises OSError."""
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # no agent has it for longer than a few renames
-        yield
+        fd = os.open(old, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # it is not there; or cannot be read, and then we do not compress it either
+        fd = -1
+    try:
+        if fd >= 0 and not lock_log(fd, LOCK_SECONDS):
+            raise OSError(errno.EBUSY, f"another process has locked {escape(old)}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(old, new) if new else os.unlink(old)
     finally:
-        os.close(directory)
-
-
-def lock_log(fd: int, how: int) -> bool:
-    """Whether flock(2) took it, which others may prevent. Writers share a file, compress_log() has it alone."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-        return True
-    return False
+        if fd >= 0:
+            os.close(fd)
 
 
 def compress_log(path: str) -> None:
     """Replaces the file by PATH.gz. On failure, or when it has been renamed meanwhile, it stays as it is."""
     temporary = f"{path}.gz.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
+        remove_leftovers(path)
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as plain:
             write_compressed(plain, temporary, os.O_EXCL)
-            deadline = time.monotonic() + CLOSE_TIMEOUT
-            while not lock_log(plain.fileno(), fcntl.LOCK_EX):
-                if time.monotonic() > deadline:
-                    raise OSError(errno.EBUSY, "another process has locked it")
-                time.sleep(0.01)
-            with locked_directory(path):
-                if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):
-                    write_compressed(plain, temporary, os.O_APPEND)  # what another agent has written meanwhile
-                    os.rename(temporary, f"{path}.gz")
-                    os.unlink(path)
+            if not lock_log(plain.fileno(), CLOSE_TIMEOUT):
+                raise OSError(errno.EBUSY, "another process has locked it")
+            if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):  # move_old() has to wait now
+                write_compressed(plain, temporary, os.O_APPEND)  # what another agent has written meanwhile
+                os.rename(temporary, f"{path}.gz")
+                os.unlink(path)
     except OSError as error:
         say(f"cannot compress {escape(path)}: {error.strerror}; it stays as it is")
     with contextlib.suppress(OSError):
         os.unlink(temporary)
+
+
+def remove_leftovers(path: str) -> None:
+    """Removes what an agent that was killed has left of the compression of old files. Raises OSError."""
+    directory, name = os.path.split(path)
+    pattern = re.compile(re.escape(name.rpartition(".")[0]) + r"\.\d+\.gz\.(\d+)-\d+\.tmp")
+    for found in os.listdir(directory):
+        match = pattern.fullmatch(found)
+        if match and not os.path.exists(f"/proc/{match[1]}"):
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(directory, found))
 
 
 def write_compressed(plain: Any, path: str, flag: int) -> None:
@@ -3659,6 +3697,7 @@ def write_compressed(plain: Any, path: str, flag: int) -> None:
 HOSTNAME = socket.gethostname()
 MAX_QUEUE_BYTES = 8 << 20  # of one channel: alerts that wait in memory
 CLOSE_TIMEOUT = 5.0        # seconds that the end of a run may take to deliver what is pending
+FILE_CLOSE_TIMEOUT = 0.5   # the same, for a file that could not be written
 
 
 class Channel:
@@ -3725,29 +3764,6 @@ def shown_event(alert: Alert) -> Tuple[Event, int]:
     return make_event(alert.filter.event, pid=0), FLAG_NO_SAMPLE
 
 
-def write_problem(path: str) -> int:
-    """The errno with which opening the file for writing would fail, or 0; the file is not touched."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        parent = os.path.dirname(os.path.abspath(path))
-        if os.path.islink(path) or not os.path.exists(parent):
-            return errno.ENOENT
-        return access_problem(parent, os.W_OK | os.X_OK)
-    except OSError as error:
-        return error.errno or errno.EIO
-    if stat.S_ISDIR(mode):
-        return errno.EISDIR
-    return access_problem(path, os.W_OK)
-
-
-def access_problem(path: str, mode: int) -> int:
-    """The errno of access(2), or 0; Python's own os.access() does not tell a read-only file system."""
-    if os.access(path, mode):
-        return 0
-    return errno.EROFS if os.statvfs(path).f_flag & os.ST_RDONLY else errno.EACCES
-
-
 def format_text(alert: Alert) -> str:
     """The block of the formats `text` and `collector_spec_pb` on a file channel."""
     event, flags = shown_event(alert)
@@ -3810,7 +3826,9 @@ class FileChannel(Channel):
 
     CONSEQUENCE = "records are kept, and written when it works again"
     fd = -1
-    torn = False  # a part of a record stands at the file's end, and could not be taken back
+    torn = False   # a part of a record may stand at the file's end, and could not be taken back
+    alone = False  # no other agent writes to it now
+    patience = LOCK_SECONDS
 
     def __init__(self, spec: ChannelSpec, accounts: Mapping[str, Account]) -> None:
         super().__init__(spec, accounts)
@@ -3830,7 +3848,7 @@ class FileChannel(Channel):
 
     def cannot_open(self, error: OSError) -> str:
         return (f"channel '{escape(self.spec.id)}': cannot open {escape(self.spec.path)}: {error.strerror}; "
-                "it takes a file in a directory that exists and is writable")
+                "it takes a file in a directory that exists and is writable, or - for stdout")
 
     def open(self) -> None:
         try:
@@ -3882,33 +3900,38 @@ class FileChannel(Channel):
         self.follow_path()
         if self.rotation is not None and self.rotation.is_due(self.fd, len(data)) and self.rotation.rotate(self.fd):
             self.reopen()
-        if not lock_log(self.fd, fcntl.LOCK_SH):
+        self.alone = lock_log(self.fd, self.patience)
+        if not self.alone:
             self.follow_path()  # perhaps another agent has renamed it, and compresses it now
-            lock_log(self.fd, fcntl.LOCK_SH)
+            self.alone = lock_log(self.fd)
+        self.patience = LOCK_SECONDS if self.alone else 0.0
         try:
             self.append(data)
             if os.fstat(self.fd).st_nlink == 0:  # removed since we looked: what was written now is in no file
                 self.reopen()
                 self.append(data)
         finally:
-            lock_log(self.fd, fcntl.LOCK_UN)
+            unlock_log(self.fd)
 
     def append(self, data: bytes) -> None:
         """One write."""
         data = b"\n" + data if self.torn else data
-        written = os.write(self.fd, data)
-        if written < len(data):  # the disk is full: the kernel wrote what fitted
-            self.torn = not self.take_back(written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        size = os.fstat(self.fd).st_size
+        try:
+            written = os.write(self.fd, data)
+            if written < len(data):  # the disk is full: the kernel wrote what fitted
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.torn = self.torn or not self.take_back(size)
+            raise
         self.torn = False
 
-    def take_back(self, count: int) -> bool:
-        """Cuts off the last `count` bytes that were written, unless another writer's record stands behind them."""
-        end = os.lseek(self.fd, 0, os.SEEK_CUR)
+    def take_back(self, size: int) -> bool:
+        """Whether nothing stands behind what the file was before a write that failed, or it could be cut off."""
         with contextlib.suppress(OSError):
-            if os.fstat(self.fd).st_size == end:
-                os.ftruncate(self.fd, end - count)
-                return True
+            if os.fstat(self.fd).st_size > size and self.alone:
+                os.ftruncate(self.fd, size)
+            return os.fstat(self.fd).st_size <= size
         return False
 
     def follow_path(self) -> None:
@@ -3926,17 +3949,28 @@ class FileChannel(Channel):
         """Raises OSError, and keeps the old file, when the path cannot be opened."""
         fd = open_log(self.spec.path)
         os.close(self.fd)
-        self.fd, self.torn = fd, False
+        self.fd, self.torn, self.alone = fd, False, False
         self.reopened += 1
 
     def close(self) -> None:
         if self.fd >= 0:
-            self.flush()
+            self.flush_for(FILE_CLOSE_TIMEOUT)
             self.lose_waiting()
             os.close(self.fd)
             self.fd = -1
         if self.rotation is not None:
             self.rotation.close()
+
+    def flush_for(self, seconds: float) -> None:
+        """Tries again and again, as long as something waits, and at once as long as it helps."""
+        deadline, left = time.monotonic() + seconds, -1
+        while len(self.waiting) != left or time.monotonic() < deadline:
+            if len(self.waiting) == left:
+                time.sleep(0.05)
+            left = len(self.waiting)
+            self.flush()
+            if not self.waiting:
+                return
 
     def lose_waiting(self) -> None:
         """What could not be written until the end."""
@@ -4180,7 +4214,7 @@ SPOOL_CURSOR = struct.Struct("<QQI")  # segment, offset, and the CRC-32 of these
 SPOOL_SEGMENT_BYTES = 1 << 20         # a segment is removed as a whole, so that no more than this is kept for nothing
 SPOOL_RETRY = 1.0                     # seconds after a failed write until another is tried
 SPOOL_FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-SEGMENT_NAME = re.compile(r"([0-9]{12})\.spool")
+SEGMENT_NAME = re.compile(rf"([0-9]{{12}})-([0-9a-f]{{{2 * SPOOL_MARK_BYTES}}})\.spool")
 
 
 class Queued(NamedTuple):
@@ -4198,13 +4232,16 @@ def pack_spooled(entry: Queued, mark: bytes) -> bytes:
     return mark + SPOOL_RECORD.pack(len(body), zlib.crc32(body)) + body
 
 
-def read_spooled(data: bytes, mark: bytes = b"") -> Iterator[Tuple[int, Optional[Queued]]]:
+def segment_name(number: int, mark: bytes) -> str:
+    return f"{number:012}-{mark.hex()}.spool"
+
+
+def read_spooled(data: bytes, mark: bytes) -> Iterator[Tuple[int, Optional[Queued]]]:
     """A segment's records, each with the offset of its end; None for one that is not whole, which has none.
 
-    `mark` is what the segment begins with, for data that begins behind that.
+    `mark` is the segment's, which its name has.
     """
-    mark = mark or data[:SPOOL_MARK_BYTES]
-    offset = data.find(mark) if mark else -1
+    offset = data.find(mark)
     while offset >= 0:
         end, entry = read_record(data, offset + len(mark))
         yield end, entry
@@ -4295,7 +4332,6 @@ class Spool:
 
     def __init__(self, path: str, max_bytes: int) -> None:
         self.path, self.max_bytes = path, max_bytes
-        self.segment_bytes = min(SPOOL_SEGMENT_BYTES, max_bytes // 4)
         self.sizes: Dict[int, int] = {}  # segment -> bytes up to the end of its last whole record, ascending
         self.marks: Dict[int, bytes] = {}
         self.waiting = 0                 # records behind the cursor
@@ -4315,9 +4351,10 @@ class Spool:
         for name in sorted(os.listdir(self.directory)):
             match = SEGMENT_NAME.fullmatch(name)
             if match:
+                self.marks[int(match[1])] = bytes.fromhex(match[2])
                 self.take_over(int(match[1]))
         self.own = max([self.cursor[0], *self.sizes]) + 1  # the first segment of this run
-        self.forget_segments()
+        self.forget_segments(self.cursor[0])
 
     def read_cursor(self) -> Tuple[int, int]:
         data = os.pread(self.cursor_file, SPOOL_CURSOR.size, 0)
@@ -4328,29 +4365,26 @@ class Spool:
         return 0, 0  # then something is sent twice, and nothing is left out
 
     def take_over(self, segment: int) -> None:
-        """Notes what waits in a segment; says what is damaged, and cuts off what is behind the last whole record."""
+        """Notes what waits in a segment, and says what is damaged."""
         data = self.read(segment, 0)
-        end = damaged = torn = 0  # records that are not whole: before the last one that is, and behind it
-        self.marks[segment] = data[:SPOOL_MARK_BYTES]
+        end = damaged = 0
         for record_end, entry in read_spooled(data, self.marks[segment]):
             if entry is None:
-                torn += (segment, record_end) > self.cursor
                 continue
-            end, damaged, torn = record_end, damaged + torn, 0
-            if (segment, end) > self.cursor:
+            if (segment, record_end) > self.cursor:
                 self.waiting += 1
                 self.pending[EARLIER] += entry.events
+                damaged += record_end - len(pack_spooled(entry, self.marks[segment])) - end
+            end = record_end
         if damaged:
-            say(f"{escape(self.path)}: {damaged} records of an earlier run are damaged, and are left out")
+            say(f"{escape(self.path)}: {damaged} bytes between records of an earlier run are damaged, and are left out")
         if end < len(data):
-            say(f"{escape(self.path)}: {len(data) - end} bytes behind the last whole record of a segment are cut off")
-            fd = self.open_segment(segment, os.O_RDWR)
-            os.ftruncate(fd, end)
-            os.close(fd)
+            say(f"{escape(self.path)}: {len(data) - end} bytes behind the last whole record of a segment are left out")
         self.sizes[segment] = end
 
     def open_segment(self, segment: int, flags: int) -> int:
-        return os.open(f"{segment:012}.spool", flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self.directory)
+        return os.open(segment_name(segment, self.marks[segment]), flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600,
+                       dir_fd=self.directory)
 
     def read(self, segment: int, offset: int, size: Optional[int] = None) -> bytes:
         """What is in a segment from the offset on, at most up to `size`."""
@@ -4382,17 +4416,21 @@ class Spool:
 
     def write(self, entry: Queued) -> bool:
         """Whether there was room. Raises OSError, and then no more than a part is written, which is never read."""
-        last = max(self.sizes, default=0)
-        record = pack_spooled(entry, self.marks.get(last, b""))
-        if self.writer < 0 or self.sizes[last] + len(record) > self.segment_bytes:
+        last = max(self.sizes, default=self.cursor[0])
+        record = pack_spooled(entry, self.marks.get(last) or b"")
+        segment_bytes = min(SPOOL_SEGMENT_BYTES, self.max_bytes // 4)
+        if self.writer < 0 or self.sizes[last] + len(record) > segment_bytes:
             last, mark = max(last + 1, self.own), os.urandom(SPOOL_MARK_BYTES)
             record = pack_spooled(entry, mark)
-        if sum(self.sizes.values()) + len(record) > self.max_bytes:
-            return False
-        if last not in self.sizes:
             self.close_writer()
+        if sum(self.sizes.values()) + len(record) > self.max_bytes:
+            if self.waiting:
+                return False
+            self.forget_segments(last)  # what is acknowledged, and was kept for its number's sake
+        if self.writer < 0:
+            self.marks[last] = mark
             self.writer = self.open_segment(last, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND)
-            self.sizes[last], self.marks[last] = 0, mark
+            self.sizes[last] = 0
         try:
             written = os.write(self.writer, record)
             if written < len(record):
@@ -4449,13 +4487,13 @@ class Spool:
         packed = struct.pack("<QQ", *self.cursor)
         with contextlib.suppress(OSError):  # then it is sent twice after a restart
             os.pwrite(self.cursor_file, packed + struct.pack("<I", zlib.crc32(packed)), 0)
-        self.forget_segments()
+        self.forget_segments(self.cursor[0])
 
-    def forget_segments(self) -> None:
-        """Removes what lies before the cursor."""
-        for segment in [number for number in self.sizes if number < self.cursor[0]]:
+    def forget_segments(self, before: int) -> None:
+        """Removes the segments of lower numbers."""
+        for segment in [number for number in self.sizes if number < before]:
             with contextlib.suppress(OSError):
-                os.unlink(f"{segment:012}.spool", dir_fd=self.directory)
+                os.unlink(segment_name(segment, self.marks[segment]), dir_fd=self.directory)
             del self.sizes[segment], self.marks[segment]
 
     def close(self) -> None:
@@ -4599,6 +4637,7 @@ class GrpcChannel(Channel):
         self.token = ""
         self.stale = False                # the token file cannot be read any more
         self.moved = False                # the thread has to connect anew, as the spec says now
+        self.asked = 0.0                  # seconds that the collector has asked to wait
         self.said: Set[str] = set()       # kinds of problems that have been said since the last acknowledgement
         self.sends = self.failures = self.reconnects = 0
         self.thread = threading.Thread(target=self.run, name=f"grpc-{spec.id}", daemon=True)
@@ -4631,15 +4670,19 @@ class GrpcChannel(Channel):
 
     def open(self) -> None:
         self.grpc = import_optional("grpc")
-        try:
-            self.connection = self.connect()
-            if self.backlog.spool is not None:
-                self.open_spool(self.backlog.spool)
-        except OSError as error:
-            raise TraceleftError(f"channel '{escape(self.spec.id)}': {error.strerror}") from None
-        self.prepare()
-        self.bind()
-        self.thread.start()
+        with contextlib.ExitStack() as undo:
+            try:
+                self.connection = self.connect()
+                undo.callback(self.connection.close)
+                if self.backlog.spool is not None:
+                    undo.callback(self.backlog.spool.close)
+                    self.open_spool(self.backlog.spool)
+            except OSError as error:
+                raise TraceleftError(f"channel '{escape(self.spec.id)}': {error.strerror}") from None
+            self.prepare()
+            self.bind()
+            self.thread.start()
+            undo.pop_all()
 
     def open_spool(self, spool: Spool) -> None:
         try:
@@ -4792,9 +4835,9 @@ class GrpcChannel(Channel):
             if not batch and not problem:
                 return
             if self.moved:
-                self.moved = False
+                self.moved, self.batch_size, backoff = False, MAX_STREAM_ALERTS, BACKOFF_MIN
                 self.reconnect()
-            problem = problem or self.send_stream([entry.data for entry in batch]) or ""
+            problem = problem or self.try_stream([entry.data for entry in batch])
             if not problem:
                 self.acknowledged(batch)
                 backoff = BACKOFF_MIN
@@ -4803,11 +4846,20 @@ class GrpcChannel(Channel):
                 continue
             self.failures += 1
             self.report(problem)
-            self.back_off(backoff * (0.5 + os.urandom(1)[0] / 510))  # so that a host's agents do not come all at once
+            wait = backoff * (0.5 + os.urandom(1)[0] / 510)  # so that a host's agents do not come all at once
+            self.back_off(max(wait, self.asked))
             backoff = min(2 * backoff, BACKOFF_MAX if self.deadline is None else BACKOFF_MIN)
             if problem.startswith("DEADLINE_EXCEEDED"):
                 self.batch_size = max(self.batch_size // 4, 1)
             self.reconnect()
+
+    def try_stream(self, batch: List[bytes]) -> str:
+        """Why the batch was not acknowledged, or nothing."""
+        self.asked = 0.0
+        try:
+            return self.send_stream(batch) or ""
+        except Exception as error:  # whatever an answer has brought about: the thread goes on
+            return f"{type(error).__name__}: {error}"
 
     def next_batch(self) -> Tuple[List[Queued], str]:
         """What to send, once there is something; or why it cannot be read. Neither: it is time to end."""
@@ -4925,6 +4977,7 @@ MAX_REQUEST_BYTES = 3 << 20  # a collector takes 4 MiB, and refuses for good wha
 RETRYABLE_CODES = frozenset(("CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"))
 HOST_ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
 STATUS_DETAILS = "grpc-status-details-bin"
+MAX_RETRY_DELAY = 600.0  # seconds: a server that asks for more is asked again
 RPC_MESSAGES: Dict[str, Tuple[WireField, ...]] = {  # google/rpc/status.proto, google/rpc/error_details.proto
     "Any": (("type_url", 1, "string"), ("value", 2, "bytes")),
     "Status": (("code", 1, "int32"), ("message", 2, "string"), ("details", 3, "repeated Any")),
@@ -5078,7 +5131,7 @@ class OtlpSignal(GrpcChannel):
             if error.code().name not in RETRYABLE_CODES and not (error.code().name == "RESOURCE_EXHAUSTED" and delay):
                 self.refuse(f"{problem}; nothing of it is sent again")
                 return None
-            self.hold_back(delay)
+            self.asked = delay
             return problem
         if self.refusing and not self.refusal:
             say(f"{escape(self.name)} accepts again")
@@ -5107,22 +5160,16 @@ class OtlpSignal(GrpcChannel):
             account.deliver(entry.events)
 
     def retry_delay(self, error: Any) -> float:
-        """The seconds that the server asks to wait, by a RetryInfo in its status' details; 0 when it does not."""
+        """The seconds that the server asks to wait, at most MAX_RETRY_DELAY, by a RetryInfo in its status' details; 0
+        when it does not."""
         for key, value in error.trailing_metadata() or ():
             if key == STATUS_DETAILS:
                 with contextlib.suppress(Exception):  # what cannot be decoded asks for nothing
                     for detail in self.rpc["Status"].FromString(value).details:
                         if detail.type_url.endswith("/google.rpc.RetryInfo"):
                             delay = self.rpc["RetryInfo"].FromString(detail.value).retry_delay
-                            return max(float(delay.seconds + delay.nanos / 1e9), 0.0)
+                            return min(max(float(delay.seconds + delay.nanos / 1e9), 0.0), MAX_RETRY_DELAY)
         return 0.0
-
-    def hold_back(self, delay: float) -> None:
-        """Waits as the server asked, at most until the end of the run is over."""
-        end = time.monotonic() + delay
-        with self.changed:
-            while min(end - time.monotonic(), self.remaining()) > 0 and not self.moved:
-                self.changed.wait(min(end - time.monotonic(), self.remaining()))
 
 
 class OtlpMetrics(OtlpSignal):
@@ -5497,7 +5544,7 @@ class Aggregator:
         """Until a channel that another spec has taken away has left the spool, for CLOSE_TIMEOUT seconds at most."""
         for channel, thread in getattr(self, "closing", ()):
             if wanted.spool is not None and channel.spec.spool and channel.spec.spool.dir == wanted.spool.dir:
-                thread.join()
+                thread.join(CLOSE_TIMEOUT)
 
     def close_channels(self, channels: Iterable[Any]) -> None:
         """Closes those of them that are not in use."""
@@ -5718,6 +5765,18 @@ PROTOTYPES: Dict[str, Tuple[Any, Tuple[Any, ...]]] = {
     "ring_buffer__free":                  (None,     (_pointer,)),
 }
 LIBBPF_NAME = "libbpf.so.1"
+
+
+@contextlib.contextmanager
+def no_signals() -> Iterator[None]:
+    """Signals that come to this thread meanwhile are handled afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 MAX_LOG_LINES = 2000
 
 
@@ -6388,7 +6447,8 @@ class Tracer:
                             f"{self.bpf.log_tail(3)}") from None
         try:
             self.configure()
-            self.bpf.call("bpf_object__load", self.object)
+            with no_signals():  # the verifier gives up for one
+                self.bpf.call("bpf_object__load", self.object)
         except OSError as error:
             raise HostError(f"the kernel refused the BPF object ({error.strerror}){load_hint(error)}"
                             f"{self.bpf.log_tail()}") from None
@@ -7110,14 +7170,13 @@ class Recorder:
 
     def open(self) -> None:
         """Raises TraceleftError when it cannot be written there; of what exists only a recording is overwritten."""
-        try:  # O_NONBLOCK: a FIFO that nobody reads is an error
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-                              | os.O_NONBLOCK, 0o600)
-            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
+        try:
+            self.fd = open_log(self.path, LOG_FLAGS & ~os.O_WRONLY | os.O_RDWR)
             if os.pread(self.fd, len(RECORDING_MAGIC), 0) not in (b"", RECORDING_MAGIC):
                 raise OSError(errno.EEXIST, "there is a file that is no recording")
             os.ftruncate(self.fd, 0)
+            if os.fstat(self.fd).st_uid == os.geteuid():
+                os.fchmod(self.fd, 0o600)  # it holds what others' processes have written and read
         except OSError as error:
             if self.fd >= 0:
                 os.close(self.fd)
@@ -9648,22 +9707,30 @@ def command_trace(options: argparse.Namespace) -> int:
                 watchers.close()
 
 
+SHELL_PATHS = ("/dev/fd/", "/dev/std", "/dev/tty", "/dev/null", "/proc/self/fd/")  # what is open already, or nothing
+
+
 def check_summary(path: Optional[str]) -> None:
     """Raises TraceleftError when --summary could not be written at the end."""
-    code = write_problem(path) if path not in (None, "-") and path is not None else 0
-    if code:
-        raise TraceleftError(f"cannot write --summary {escape(path or '')}: {os.strerror(code)}")
+    if path in (None, "-") or path is None or path.startswith(SHELL_PATHS):
+        return
+    try:
+        check_writable(path, regular=False)
+    except OSError as error:
+        raise TraceleftError(f"cannot write --summary {escape(path)}: {error.strerror}") from None
 
 
 def write_summary(path: Optional[str], result: Dict[str, Any]) -> None:
+    """A file is made or overwritten by the rules of a log's."""
     text = json.dumps(result) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
     elif path is not None:
+        flags = os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO that nobody reads is an error
         try:
-            # O_NONBLOCK: a FIFO that nobody reads is an error
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+            fd = os.open(path, flags) if path.startswith(SHELL_PATHS) else \
+                open_log(path, flags | os.O_NOFOLLOW, regular=False)
             with os.fdopen(fd, "w", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
@@ -9731,6 +9798,8 @@ class SpecRun:
         try:
             if self.recorder is not None:
                 raise UsageError("what is recorded is for the spec that --record began with")
+            if os.path.exists(self.options.spec) and not os.path.isfile(self.options.spec):
+                raise UsageError(f"{escape(self.options.spec)} is no regular file, and cannot be read a second time")
             spec = load_spec(self.options.spec)
             plan = plan_spec(spec, [parse_selector(text) for text in self.options.selectors], self.tracer.plan)
             self.change_over(spec, plan)
