@@ -2087,6 +2087,7 @@ class Proxy:
                     continue
                 self.bytes += len(data)
                 target.sendall(data)
+        with contextlib.suppress(OSError):  # a reset ends it as well
             target.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self):
