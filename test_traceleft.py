@@ -1731,7 +1731,7 @@ class TestFileChannel:
             write(plain, path, flag)
         (tmp_path / "log.1").write_text("older")
         monkeypatch.setattr(traceleft, "write_compressed", slow)
-        traceleft.compress_log(f"{tmp_path}/log.1")
+        traceleft.compress_log(f"{tmp_path}/log.1", "log.1")
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.1": "newer", "log.2": "older"}
 
     def test_what_another_agent_still_writes_is_compressed_too(self, tmp_path, monkeypatch):
@@ -1754,7 +1754,7 @@ class TestFileChannel:
             monkeypatch.setattr(traceleft, "write_compressed", meanwhile)
             log.rename(tmp_path / "log.1")
             monkeypatch.setattr(channel, "follow_path", lambda: None)  # it has looked already
-            traceleft.compress_log(f"{tmp_path}/log.1")
+            traceleft.compress_log(f"{tmp_path}/log.1", "log.1")
             send(2)
         text = importlib.import_module("gzip").decompress((tmp_path / "log.1.gz").read_bytes()).decode()
         assert text.endswith("late\n") and json.loads(text.splitlines()[0])["count"] == 1
@@ -1786,6 +1786,36 @@ class TestFileChannel:
                                            "its 4096 bytes until it can be\n")
         assert len(list(tmp_path.glob("log.*"))) == 2
 
+    def test_a_directory_that_is_exchanged_by_a_link_leads_nowhere(self, tmp_path, monkeypatch):
+        """Between the check and the renames: they are in the directory that was looked at."""
+        folder, precious = tmp_path / "folder", tmp_path / "precious"
+        folder.mkdir()
+        precious.mkdir()
+        for name in ("log", "log.1"):
+            (precious / name).write_text("precious")
+        shift = traceleft.Rotation.shift
+
+        def exchange(rotation, path):
+            folder.rename(tmp_path / "moved")
+            folder.symlink_to(precious)
+            try:
+                return shift(rotation, path)
+            finally:
+                folder.unlink()
+                (tmp_path / "moved").rename(folder)
+        monkeypatch.setattr(traceleft.Rotation, "shift", exchange)
+        with self.running(folder / "log", rotate={"max_bytes": 4096, "keep": 3}) as (send, _):
+            send(*[1] * 40)
+        assert {path.name for path in folder.iterdir()} == {"log", "log.1", "log.2", "log.3"}
+        assert {path.name: path.read_text() for path in precious.iterdir()} == {"log": "precious", "log.1": "precious"}
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 100, "gzip": True}) as (send, aggregator):
+            send(*[1] * 20)
+            aggregator.channels["1"].rotation.thread.join(DEADLINE)
+        assert (tmp_path / "log.1.gz").exists() and not (tmp_path / "log.1").exists()
+
     def test_an_old_file_that_is_locked_stays(self, tmp_path, monkeypatch, capsys):
         """Another agent is about to replace it by its compressed form."""
         with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 1}) as (send, _):
@@ -1797,13 +1827,13 @@ class TestFileChannel:
                 assert (tmp_path / "log.1").read_text() == old
             send(1)
             assert (tmp_path / "log.1").read_text() != old
-        assert capsys.readouterr().err.count(f"cannot rotate {tmp_path}/log: another process has locked {tmp_path}/log.1") == 1
+        assert capsys.readouterr().err.count(f"cannot rotate {tmp_path}/log: another process has locked log.1; it grows") == 1
 
     def test_what_a_killed_agent_has_left_of_a_compression_is_removed(self, tmp_path):
         dead, alive = f"log.3.gz.{2**22 + 1}-7.tmp", f"log.3.gz.{os.getpid()}-7.tmp"
         for name in (dead, alive, "log.1", "log.x.gz.1-1.tmp"):
             (tmp_path / name).write_text("x")
-        traceleft.compress_log(f"{tmp_path}/log.1")
+        traceleft.compress_log(f"{tmp_path}/log.1", "log.1")
         assert {path.name for path in tmp_path.iterdir()} == {alive, "log.1.gz", "log.x.gz.1-1.tmp"}
 
     @pytest.mark.parametrize("written", [0, 30, None])

@@ -3490,11 +3490,13 @@ def open_parent(path: str) -> Tuple[int, str, Optional[os.stat_result]]:
                 name = "/"
             elif not names:
                 return directory, name or ".", found
-            elif found is not None and name != "..":
-                check_trusted(name, found, os.fstat(directory))
             inner = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            os.close(directory)
-            directory = inner
+            outer, directory = directory, inner
+            try:
+                if name not in ("/", ".."):
+                    check_trusted(name, os.fstat(inner), os.fstat(outer))
+            finally:
+                os.close(outer)
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     except BaseException:
         os.close(directory)
@@ -3549,15 +3551,20 @@ def open_log(path: str, flags: int = LOG_FLAGS, regular: bool = True) -> int:
 
 
 def lock_log(fd: int, seconds: float = 0.0) -> bool:
-    """Whether flock(2) took the file within so many seconds. Who can read a file can lock it, too."""
+    """Whether flock(2) took the file within so many seconds, or its file system has no locks. Who can read a file can
+    lock it, too."""
     deadline = time.monotonic() + seconds
     while True:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.001)
+        except OSError:
             return True
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.001)
+        else:
+            return True
 
 
 def unlock_log(fd: int) -> None:
@@ -3574,6 +3581,7 @@ class Rotation:
     def __init__(self, path: str, spec: RotateSpec) -> None:
         self.path, self.spec = path, spec
         self.thread: Optional[threading.Thread] = None
+        self.directory = -1  # of the latest rotation, whatever its name leads to since
         self.failing = False
 
     def is_due(self, fd: int, more: int) -> bool:
@@ -3583,13 +3591,15 @@ class Rotation:
 
     def rotate(self, fd: int) -> bool:
         """Whether it was done, or another process has done it: then the path has to be opened again."""
-        path, newest = os.path.realpath(self.path), ""
+        newest = ""
         try:
+            self.close_directory()
+            self.directory, name, found = open_parent(self.path)
             if not lock_log(fd, 0.0 if self.failing else LOCK_SECONDS):
                 raise OSError(errno.EBUSY, "another process has locked it")
             try:
-                if os.path.samestat(os.stat(path), os.fstat(fd)):
-                    newest = self.shift(path)
+                if found is not None and os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=self.directory)):
+                    newest = self.shift(f"/proc/self/fd/{self.directory}/{name}")
             finally:
                 unlock_log(fd)
         except OSError as error:
@@ -3600,7 +3610,8 @@ class Rotation:
             return False
         self.failing = False
         if newest and self.spec.gzip:
-            self.thread = threading.Thread(target=compress_log, args=(newest,), name="gzip", daemon=True)
+            shown = f"{self.path}.{newest.rpartition('.')[2]}"
+            self.thread = threading.Thread(target=compress_log, args=(newest, shown), name="gzip", daemon=True)
             self.thread.start()
         return True
 
@@ -3634,6 +3645,12 @@ class Rotation:
     def close(self) -> None:
         if self.thread is not None:
             self.thread.join(CLOSE_TIMEOUT)  # without it the file stays as it is
+        self.close_directory()
+
+    def close_directory(self) -> None:
+        if self.directory >= 0 and not (self.thread and self.thread.is_alive()):
+            os.close(self.directory)
+            self.directory = -1
 
 
 def move_old(old: str, new: str) -> None:
@@ -3644,7 +3661,7 @@ def move_old(old: str, new: str) -> None:
         fd = -1
     try:
         if fd >= 0 and not lock_log(fd, LOCK_SECONDS):
-            raise OSError(errno.EBUSY, f"another process has locked {escape(old)}")
+            raise OSError(errno.EBUSY, f"another process has locked {escape(os.path.basename(old))}")
         with contextlib.suppress(FileNotFoundError):
             os.rename(old, new) if new else os.unlink(old)
     finally:
@@ -3652,7 +3669,7 @@ def move_old(old: str, new: str) -> None:
             os.close(fd)
 
 
-def compress_log(path: str) -> None:
+def compress_log(path: str, shown: str) -> None:
     """Replaces the file by PATH.gz. On failure, or when it has been renamed meanwhile, it stays as it is."""
     temporary = f"{path}.gz.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
@@ -3666,7 +3683,7 @@ def compress_log(path: str) -> None:
                 os.rename(temporary, f"{path}.gz")
                 os.unlink(path)
     except OSError as error:
-        say(f"cannot compress {escape(path)}: {error.strerror}; it stays as it is")
+        say(f"cannot compress {escape(shown)}: {error.strerror}; it stays as it is")
     with contextlib.suppress(OSError):
         os.unlink(temporary)
 
