@@ -3911,8 +3911,11 @@ class TestPrivileges:
     def folder(self):
         """A folder that nobody owns, where other users can reach it."""
         with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
-            os.chown(name, self.NOBODY, self.NOBODY)
-            yield Path(name)
+            folder = Path(name) / "nobody"
+            folder.mkdir()
+            os.chown(folder, self.NOBODY, self.NOBODY)
+            Path(name).chmod(0o755)
+            yield folder
 
     def status(self, agent):
         """The lines of /proc/PID/task/*/status about privileges, which have to be the same for each thread."""
