@@ -5558,10 +5558,10 @@ class Aggregator:
         return matched
 
     def wait_for_spool(self, wanted: ChannelSpec) -> None:
-        """Until a channel that another spec has taken away has left the spool, for CLOSE_TIMEOUT seconds at most."""
+        """Until a channel that another spec has taken away has left the spool, which is after CLOSE_TIMEOUT seconds."""
         for channel, thread in getattr(self, "closing", ()):
             if wanted.spool is not None and channel.spec.spool and channel.spec.spool.dir == wanted.spool.dir:
-                thread.join(CLOSE_TIMEOUT)
+                thread.join(CLOSE_TIMEOUT + 1.0)
 
     def close_channels(self, channels: Iterable[Any]) -> None:
         """Closes those of them that are not in use."""
