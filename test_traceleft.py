@@ -435,6 +435,11 @@ class TestDist:
                  for path in ("./tl", copy, tmp_path / "link")}
         assert shown == {run("--version").stdout}
 
+    @pytest.mark.parametrize("closed, said", [(">&-", True), ("2>&-", False), ("<&- >&- 2>&-", False)])
+    def test_closed_streams(self, dist, closed, said):
+        done = subprocess.run(["sh", "-c", f"{sys.executable} {dist} check nope {closed}"], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, "nope: cannot read" in done.stderr) == (2, "", said)
+
     def test_is_a_library_too(self, dist):
         code = "import traceleft; print(len(traceleft.object_bytes()))"
         done = subprocess.run([sys.executable, "-c", code], env={**CLEAN_ENVIRONMENT, "PYTHONPATH": str(dist)}, cwd=dist.parent,

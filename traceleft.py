@@ -24,6 +24,11 @@ if sys.version_info < (3, 9):  # noqa: UP036
     sys.stderr.write(f"traceleft: Python {_python} is too old: it needs 3.9 or later\n")
     sys.exit(3)
 if __name__ == "__main__":  # the imports below take a tenth of a second: a signal by then finds nothing to undo
+    while True:  # neither a channel nor a library that ctypes loads (libffi) must get the descriptor of a closed stream
+        _null = os.open(os.devnull, os.O_RDWR)
+        if _null > 2:
+            os.close(_null)
+            break
     # A module is never one that lies beside the script or in the current directory: somebody may have put it there.
     sys.path = [_path for _path in sys.path if _path not in ("", os.path.dirname(os.path.abspath(__file__)))]
     import signal
@@ -10552,12 +10557,7 @@ EXIT_CODES = """exit codes:
 
 
 def open_streams() -> None:
-    """Makes stdin, stdout and stderr usable where they are closed or cannot show every character."""
-    while True:  # a channel must not become descriptor 1
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            break
+    """Makes stdout and stderr usable where they were closed, and so are /dev/null, or cannot show every character."""
     for name, fd in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, "w", closefd=False))  # noqa: PTH123, SIM115

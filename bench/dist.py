@@ -33,7 +33,12 @@ if sys.version_info < (3, 9):
     sys.stderr.write("traceleft: Python %d.%d is too old: it needs 3.9 or later, as in: python3.9 %s\\n"
                      % (sys.version_info[0], sys.version_info[1], sys.argv[0]))
     sys.exit(3)
-for number in (signal.SIGINT, signal.SIGTERM):  # as traceleft.py does when it is the program
+while True:  # as traceleft.py does when it is the program: no descriptor of a closed stream becomes a file's
+    null = os.open(os.devnull, os.O_RDWR)
+    if null > 2:
+        os.close(null)
+        break
+for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: os._exit(0))
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
