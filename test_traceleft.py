@@ -34,6 +34,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zipfile
 import urllib.parse
 import urllib.request
 from concurrent import futures
@@ -445,6 +446,26 @@ class TestDist:
         done = subprocess.run([sys.executable, "-c", code], env={**CLEAN_ENVIRONMENT, "PYTHONPATH": str(dist)}, cwd=dist.parent,
                               capture_output=True, text=True, check=True)
         assert int(done.stdout) == traceleft.OBJECT_PATH.stat().st_size
+
+    @pytest.mark.parametrize("module", ["zlib", "termios", "_ctypes"])
+    def test_a_python_without_a_part_of_its_library(self, dist, tmp_path, module):
+        (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{module!r}] = None")
+        for script, said in ((dist, "traceleft: cannot start ("), (SCRIPT, "lacks a part of its standard library, the module " + module)):
+            done = run("doctor", script=script, env={"PYTHONPATH": str(tmp_path)})
+            assert (done.returncode, done.stderr.count("\n")) == (3, 1) and said in done.stderr  # doctor cannot run either
+            assert "apt-get install python3" in done.stderr
+
+    def test_a_damaged_copy(self, dist, tmp_path):
+        """Wherever it is: one line that says so, and nothing is run."""
+        data = dist.read_bytes()
+        info = {info.filename: info for info in zipfile.ZipFile(dist).infolist()}
+        for name in ("traceleft.py", f"bpf/{traceleft.OBJECT_PATH.name}.xz"):
+            place = info[name].header_offset + info[name].compress_size // 2
+            copy = tmp_path / "copy"
+            copy.write_bytes(data[:place] + b"XXXX" + data[place + 4:])
+            done = run("trace", "open", "--duration", "0.1", script=copy)
+            assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+            assert "damaged" in done.stderr and "compare its SHA-256" in done.stderr
 
     def test_a_python_without_lzma(self, dist, tmp_path):
         (tmp_path / "lzma.py").write_text("raise ImportError")
@@ -7747,17 +7768,46 @@ class TestDoctor:
         ("BTF", "mount -t tmpfs t /sys/kernel/btf", "CONFIG_DEBUG_INFO_BTF"),
         ("libbpf", "mount --bind /dev/null $(ldconfig -p | awk '/libbpf.so.1 /{print $NF; exit}')", "apt-get install libbpf1"),
         ("privilege", "", "CAP_BPF and CAP_PERFMON"),
+        ("user namespace", None, "run it on the host itself"),
         ("lockdown", "mount -t tmpfs t /sys/kernel/security && echo 'none integrity [confidentiality]' "
                      ">/sys/kernel/security/lockdown", "lockdown=integrity"),
     ])
     def test_what_a_host_lacks(self, what, command, found):
-        prefix = TestBadHosts.without(command) if command else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        prefix = (TestBadHosts.without(command) if command else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+                  if command is not None else ["unshare", "--user", "--map-root-user"])
         done = run("doctor", prefix=prefix)
         states = self.states(done)
         assert done.returncode == 3
         assert states[what][0] == "no" and found in states[what][1]
         assert states["tracing"] == ("no", "not tried, for what is missing above")
         assert states["Python"][0] == "ok" and states["grpcio"][0] == "ok"
+
+    def test_without_proc(self):
+        """Every line comes all the same."""
+        done = run("doctor", prefix=TestBadHosts.without("umount -l /proc"))
+        states = self.states(done)
+        assert done.returncode == 3 and states["proc"] == ("no", "/proc is not mounted: mount -t proc proc /proc")
+        assert states["libbpf"][0] == "ok" and states["grpcio"][0] == "ok"
+
+    def test_a_tracefs_that_was_not_mounted_is_said(self):
+        done = run("doctor", prefix=TestBadHosts.without("umount -l /sys/kernel/debug/tracing 2>/dev/null; umount -l /sys/kernel/debug "
+                                                         "2>/dev/null; umount -l /sys/kernel/tracing"), timeout=2 * DEADLINE)
+        assert self.states(done)["tracefs"] == ("ok", "/sys/kernel/tracing, which was not mounted before, and stays")
+
+    def test_an_event_that_cannot_be_made_is_not_ok(self):
+        """Without a network."""
+        states = self.states(run("doctor", prefix=["unshare", "-n"], timeout=2 * DEADLINE))
+        assert states["TCP connections"][0] == "-" and "could not be made here" in states["TCP connections"][1]
+
+    def test_packages_that_do_not_work(self, tmp_path):
+        """As protobuf 4 on Python 3.14: to import it raises a TypeError. And one that is imported, and cannot make messages."""
+        for text in ("raise TypeError('Metaclasses are not\\nsupported')", "__version__ = '1'; __path__ = []"):
+            (tmp_path / "google/protobuf").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "google/protobuf/__init__.py").write_text(text)
+            environment = {"PYTHONPATH": str(tmp_path)}
+            assert_one_line(run("collect", env=environment), 3, "-m pip install grpcio protobuf")
+            states = self.states(run("doctor", env=environment, timeout=2 * DEADLINE))
+            assert states["protobuf"][0] == "-" and "-m pip install" in states["protobuf"][1]
 
     def test_one_way_to_attach_that_is_missing(self, monkeypatch, capsys):
         trials = [trial._replace(programs=()) for trial in traceleft.TRIALS[:2]]
@@ -7849,6 +7899,9 @@ class TestCommandLine:
         subprocess.run(["chown", "-R", "1:1", tmp_path], check=True)
         shown = subprocess.run([sys.executable, tmp_path / "traceleft.py", "--version"], capture_output=True, text=True).stdout
         assert re.search(" commit [0-9a-f]{12} object missing$", shown)
+        elsewhere = subprocess.run([sys.executable, tmp_path / "traceleft.py", "--version"], capture_output=True, text=True,
+                                   env={**CLEAN_ENVIRONMENT, "GIT_DIR": str(HERE / ".git")}).stdout
+        assert elsewhere == shown
 
     def test_a_file_without_an_end_is_no_spec(self):
         assert_one_line(run("check", "/dev/zero"), 2, f"/dev/zero: it is larger than {traceleft.MAX_SPEC_BYTES} bytes: is it a spec?")
@@ -8007,6 +8060,10 @@ class TestBadHosts:
         (tmp_path / "bpf").mkdir()
         (tmp_path / "bpf/traceleft.bpf.o").write_bytes(traceleft.OBJECT_PATH.read_bytes()[:9000])
         assert_one_line(run("trace", "open", script=tmp_path / "traceleft.py"), 3, "BPF object")
+
+    def test_another_user_namespace(self):
+        """Whose root has every capability, and none that counts."""
+        assert_one_line(run("trace", "open", prefix=["unshare", "--user", "--map-root-user"]), 3, "not the initial user namespace")
 
     def test_no_grpcio(self, tmp_path):
         (tmp_path / "grpc.py").write_text("raise ImportError('No module named grpc')")

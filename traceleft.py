@@ -50,51 +50,58 @@ if __name__ == "__main__":  # the imports below take a tenth of a second: a sign
             sys.executable, *_flags, "-c", "import marshal, os, sys; _relaunched = int(sys.argv[1]); del sys.argv[:2]; "
             "__file__ = sys.argv[0]; exec(marshal.load(os.fdopen(_relaunched, 'rb')))", str(_code), *sys.argv])
 
-import argparse
-import ast
-import binascii
-import collections
-import contextlib
-import ctypes
-import dataclasses
-import datetime
-import difflib
-import errno
-import fcntl
-import fnmatch
-import functools
-import importlib
-import ipaddress
-import itertools
-import json
-import math
-import mmap
-import operator
-import platform
-import re
-import selectors
-import select
-import shutil
-import signal
-import socket
-import stat
-import struct
-import termios
-import textwrap
-import threading
-import time
-import uuid
-import warnings
-import zlib
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import (Any, Callable, ClassVar, Counter, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
-
 try:
-    from _blake2 import blake2b  # hashlib has the same, but loads OpenSSL with it: 3 MB
-except ImportError:
-    from hashlib import blake2b
+    import argparse
+    import ast
+    import binascii
+    import collections
+    import contextlib
+    import ctypes
+    import dataclasses
+    import datetime
+    import difflib
+    import errno
+    import fcntl
+    import fnmatch
+    import functools
+    import importlib
+    import ipaddress
+    import itertools
+    import json
+    import math
+    import mmap
+    import operator
+    import platform
+    import re
+    import selectors
+    import select
+    import shutil
+    import signal
+    import socket
+    import stat
+    import struct
+    import termios
+    import textwrap
+    import threading
+    import time
+    import uuid
+    import warnings
+    import zlib
+    from dataclasses import dataclass, field, replace
+    from pathlib import Path
+    from typing import (Any, Callable, ClassVar, Counter, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                        NamedTuple, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+
+    try:
+        from _blake2 import blake2b  # hashlib has the same, but loads OpenSSL with it: 3 MB
+    except ImportError:
+        from hashlib import blake2b
+except ImportError as _error:  # python3-minimal of Debian, say
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"traceleft: this Python ({sys.executable}) lacks a part of its standard library, the module "
+                     f"{_error.name}: install all of it, as with apt-get install python3\n")
+    sys.exit(3)
 
 VERSION = "0.1.0"
 
@@ -222,7 +229,11 @@ def object_bytes() -> bytes:
     except ImportError:
         raise HostError("this Python has no module lzma, which the one file needs: use another Python, or copy "
                         "traceleft.py and the folder bpf/ instead") from None
-    return bytes(lzma.decompress(read_companion(f"{OBJECT_PATH}.xz")))
+    try:
+        return bytes(lzma.decompress(read_companion(f"{OBJECT_PATH}.xz")))
+    except (lzma.LZMAError, zlib.error, EOFError) as error:
+        raise HostError(f"this copy of {escape(HOME)} is damaged ({error}): copy it again, and compare its SHA-256"
+                        ) from None
 
 
 def commit() -> str:
@@ -234,7 +245,8 @@ def commit() -> str:
     subprocess = importlib.import_module("subprocess")  # nothing else needs it
     try:
         done = subprocess.run(["git", "-c", f"safe.directory={HOME}", "-c", "core.fsmonitor=", "-C", HOME, "describe",
-                               "--always", "--dirty", "--exclude=*", "--abbrev=40"], capture_output=True, text=True)
+                               "--always", "--dirty", "--exclude=*", "--abbrev=40"], capture_output=True, text=True,
+                              env={name: value for name, value in os.environ.items() if not name.startswith("GIT_")})
     except OSError:
         return "unknown"
     return str(done.stdout).strip() or "unknown"
@@ -4112,10 +4124,11 @@ def import_optional(module: str) -> Any:
     os.environ["GRPC_VERBOSITY"] = "NONE"  # the library's own lines on stderr: ours say what matters
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # of a version that does not go with this Python, of whatever type
         packages = ("python3-grpcio python3-protobuf", "py3-grpcio py3-protobuf")
         packaged = f"{install_command(*packages)}, or " if sys.prefix == "/usr" else ""
-        raise HostError(f"a grpc channel and 'collect' need the Python packages grpcio and protobuf ({error}): "
+        reason = escape(str(error)).splitlines()[0] if str(error) else type(error).__name__
+        raise HostError(f"a grpc channel and 'collect' need the Python packages grpcio and protobuf ({reason}): "
                         f"{packaged}{sys.executable} -m pip install grpcio protobuf") from None
 
 
@@ -6026,7 +6039,7 @@ PROG_INFO_SIZE = 232             # struct bpf_prog_info up to verified_insns, in
 LINK_INFO_SIZE = 64              # more than the members that all kinds of struct bpf_link_info have
 PROG_INFO_RUN_TIME, PROG_INFO_RUN_COUNT, PROG_INFO_RECURSION_MISSES, PROG_INFO_VERIFIED_INSNS = 192, 200, 208, 216
 
-PROC_PID_INIT_INO = 0xEFFFFFFC  # inode of the initial pid namespace, include/linux/proc_ns.h
+PROC_PID_INIT_INO, PROC_USER_INIT_INO = 0xEFFFFFFC, 0xEFFFFFFD  # inodes of the initial ones, include/linux/proc_ns.h
 
 
 def kernel_version() -> Tuple[int, int]:
@@ -6054,6 +6067,13 @@ def lacks_initial_namespace() -> str:
         return ""
     return ("this is not the initial pid namespace, whose PIDs the kernel side sees: run it on the host itself, or in "
             "a container with the host's pid namespace (docker run --pid=host)")
+
+
+def lacks_initial_users() -> str:
+    if os.stat("/proc/self/ns/user").st_ino == PROC_USER_INIT_INO:
+        return ""
+    return ("this is not the initial user namespace, whose capabilities alone let load BPF programs: run it on the "
+            "host itself, or in a privileged container without a user namespace")
 
 
 def lacks_architecture() -> str:
@@ -6093,8 +6113,9 @@ def lockdown() -> str:
 
 # What a host has to have before anything is loaded: each returns what is missing and what to do, or nothing
 HOST_CHECKS: Dict[str, Callable[[], str]] = {
-    "proc": lacks_proc, "privilege": lacks_privilege, "pid namespace": lacks_initial_namespace,
-    "architecture": lacks_architecture, "kernel": lacks_kernel, "BTF": lacks_btf, "lockdown": lacks_access,
+    "proc": lacks_proc, "privilege": lacks_privilege, "user namespace": lacks_initial_users,
+    "pid namespace": lacks_initial_namespace, "architecture": lacks_architecture,
+    "kernel": lacks_kernel, "BTF": lacks_btf, "lockdown": lacks_access,
 }
 
 
@@ -9528,6 +9549,10 @@ def connect_to_self() -> None:
         connecting.connect(listening.getsockname())
 
 
+def begin_program() -> None:
+    os.execv("/proc/self/exe", [sys.executable, "-I", "-S", "-c", ""])
+
+
 class Trial(NamedTuple):
     """One way to attach, tried on its own: with one event type, and an event that a child makes."""
 
@@ -9543,6 +9568,7 @@ class Trial(NamedTuple):
 TRIALS = (
     Trial("syscall exit", "open", ("on_sys_exit",), "for open and most other events"),
     Trial("syscall entry", "close", ("on_sys_enter", "on_sys_exit"), "for close, execve, execveat and exit"),
+    Trial("programs", "execve", ("on_new_program",), "for execve and execveat", begin_program),
     Trial("every syscall", "open", ("on_every_sys_exit",), "for specs that name most of a host's calls", see_all=True),
     Trial("TCP connections", "connect_v4", ("on_tcp_state", "on_tcp_accept"),
           "for connect_v4, accept_v4, close_v4 and the same of _v6", connect_to_self),
@@ -9584,12 +9610,13 @@ def try_trial(trial: Trial) -> Finding:
             pid, made = run_in_child(trial.make_event)
             if made and not comes_through(tracer, pid):
                 raise HostError("attached, but no event comes through the ring buffer")
-            found.append("an event came through the ring buffer" if made else "its event could not be made here")
+            found.append("an event came through the ring buffer" if made else
+                         "attached, but its event could not be made here, and so none was seen")
             figures = [(name, tracer.verified_instructions(name)) for name in trial.programs]
     except (TraceleftError, OSError) as error:
         return Finding(LACKS, trial.what, str(error).partition("\n")[0], trial.needed_for)
     found += [f"{name} {count} instructions verified" for name, count in figures if count]
-    return Finding(HAS, trial.what, ", ".join(found), trial.needed_for)
+    return Finding(HAS if made else OPTIONAL, trial.what, ", ".join(found), trial.needed_for)
 
 
 def find_host() -> Iterator[Finding]:
@@ -9597,7 +9624,8 @@ def find_host() -> Iterator[Finding]:
     there: Dict[str, Callable[[], str]] = {
         "architecture": platform.machine, "kernel": platform.release, "BTF": lambda: BTF_PATH,
         "lockdown": lockdown, "proc": lambda: "/proc",
-        "privilege": lambda: "CAP_BPF and CAP_PERFMON", "pid namespace": lambda: "the initial one"}
+        "privilege": lambda: "CAP_BPF and CAP_PERFMON", "user namespace": lambda: "the initial one",
+        "pid namespace": lambda: "the initial one"}
     for what, lacks in HOST_CHECKS.items():
         try:
             missing = lacks()
@@ -9611,18 +9639,25 @@ def find_host() -> Iterator[Finding]:
 def find_libraries() -> Iterator[Finding]:
     """Python, libbpf, tracefs and the object."""
     yield Finding(HAS, "Python", f"{platform.python_version()}, {sys.executable}")
-    for what, find in (("libbpf", find_libbpf), ("tracefs", mounted_tracefs), ("BPF object", find_object)):
+    for what, find in (("libbpf", find_libbpf), ("tracefs", find_tracefs), ("BPF object", find_object)):
         try:
             yield Finding(HAS, what, find())
-        except HostError as error:
+        except (HostError, OSError) as error:
             yield Finding(LACKS, what, str(error))
 
 
 def find_libbpf() -> str:
     """Its version and file. Raises HostError."""
     version: bytes = Libbpf().call("libbpf_version_string")
-    mapped = re.search(r"(/\S*/libbpf\.so\S*)", Path("/proc/self/maps").read_text("utf-8", "surrogateescape"))
+    maps = Path("/proc/self/maps").read_text("utf-8", "surrogateescape") if not lacks_proc() else ""
+    mapped = re.search(r"(/\S*/libbpf\.so\S*)", maps)
     return f"{decode_text(version).lstrip('v')}, {mapped[1] if mapped else LIBBPF_NAME}"
+
+
+def find_tracefs() -> str:
+    """Where it is mounted, as `trace` does it when it is not. Raises HostError."""
+    before = [path for path in TRACEFS_PATHS if os.path.isdir(f"{path}/events/syscalls")]
+    return mounted_tracefs() + ("" if before else ", which was not mounted before, and stays")
 
 
 def find_object() -> str:
@@ -9653,9 +9688,11 @@ def find_uring(tracefs: str) -> Finding:
 
 def find_packages() -> Iterator[Finding]:
     """The optional packages with their versions, and the CA certificates."""
-    for module, package in (("google.protobuf", "protobuf"), ("grpc", "grpcio")):
+    for module, package, works in (("google.protobuf", "protobuf", build_wire), ("grpc", "grpcio", dict)):
         try:
-            yield Finding(HAS, package, import_optional(module).__version__, "for grpc channels and collect")
+            version = import_optional(module).__version__
+            works()
+            yield Finding(HAS, package, version, "for grpc channels and collect")
         except HostError as error:
             yield Finding(OPTIONAL, package, str(error))
     try:
@@ -9668,7 +9705,7 @@ def find_packages() -> Iterator[Finding]:
 def examine() -> Iterator[Finding]:
     """Every finding, as it is found."""
     lacking = False
-    for finding in (*find_host(), *find_libraries()):
+    for finding in itertools.chain(find_host(), find_libraries()):
         lacking = lacking or finding.state == LACKS
         yield finding
     if lacking:
@@ -10586,8 +10623,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 0
-    except OSError as error:
-        say(str(error))
+    except (OSError, MemoryError) as error:
+        say(str(error) or "there is not enough memory")
         return 1
 
 

@@ -42,7 +42,13 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: os._exit(0))
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-import traceleft
+try:
+    import traceleft
+except Exception as error:
+    sys.stderr.write("traceleft: cannot start (%s: %s): either this Python (%s) lacks a part of its standard library, and "
+                     "apt-get install python3 helps; or this file is damaged: copy it again, and compare its SHA-256\\n"
+                     % (type(error).__name__, error, sys.executable))
+    sys.exit(3)
 
 sys.exit(traceleft.main())
 '''
@@ -52,8 +58,8 @@ def members():
     """Name and content of what is in the archive."""
     yield "__main__.py", MAIN.encode()
     yield "traceleft.py", (HERE / "traceleft.py").read_bytes()
-    for path in sorted((HERE / "bpf").glob("*.bpf.o")):
-        yield f"bpf/{path.name}.xz", lzma.compress(path.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
+    packed = lzma.compress(traceleft.OBJECT_PATH.read_bytes(), preset=9 | lzma.PRESET_EXTREME)
+    yield f"bpf/{traceleft.OBJECT_PATH.name}.xz", packed
     yield traceleft.COMMIT_NAME, f"{traceleft.commit()}\n".encode()
     yield "LICENSE", (HERE / "LICENSE").read_bytes()
 
@@ -65,7 +71,7 @@ def build():
     with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, data in members():
             info = zipfile.ZipInfo(name, LONG_AGO)
-            info.compress_type = zipfile.ZIP_DEFLATED
+            info.compress_type = zipfile.ZIP_STORED if name == "__main__.py" else zipfile.ZIP_DEFLATED  # it says what lacks
             info.create_system = 3  # Unix: modes are those below
             info.external_attr = 0o100644 << 16
             archive.writestr(info, data, compresslevel=9)
