@@ -63,7 +63,7 @@ dist: ## one self-contained executable file, dist/traceleft, and its SHA-256
 portability: install-portability install-test ## run the one file on every Python, libbpf, kernel and userland claimed (about 40 minutes)
 	$(Q)python3 bench/portability.py $(ROWS)
 
-portability-ci: install-portability ## its rows of five kernels in virtual machines of both architectures (about 5 minutes)
+portability-ci: install-portability ## its rows of five kernels in virtual machines of both architectures (5 to 8 minutes)
 	$(Q)python3 bench/portability.py --ci
 
 install-portability:

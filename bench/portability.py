@@ -276,7 +276,11 @@ def libbpf(suite):
 
 
 def run_libbpf(folder):
-    return live_check(sys.executable, env={"LD_LIBRARY_PATH": str(folder)})
+    """With that libbpf, which doctor has to name."""
+    done = live_check(sys.executable, env={"LD_LIBRARY_PATH": str(folder)})
+    if str(folder.resolve()) not in done.output:
+        return Result(False, f"{done.output}\nFAIL another libbpf was loaded than that in {folder}\n")
+    return done
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,6 +366,9 @@ def run_musl(libc, packages=()):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+REQUIRED = [(3, minor) for minor in range(9, 14)]  # a run without one of these has a red row
+
+
 def python_rows() -> List[Row]:
     rows, places = [], []  # places: what it is called, how to get its interpreter
     for name, python in pythons().items():
@@ -371,6 +378,11 @@ def python_rows() -> List[Row]:
             places.append((name, lambda python=python: python))
     if platform.machine() == "x86_64":
         places += [(f"{name[6:]} of Debian unstable", lambda name=name: unstable_python(name)) for name in UNSTABLE]
+    there = {version(name)[:2] for name in pythons()}
+    for minor in REQUIRED:
+        if minor not in there:
+            why = f"there is no Python {minor[0]}.{minor[1]} here, as in {PYENV}\n"
+            rows.append(Row(f"Python {minor[0]}.{minor[1]}: missing", lambda why=why: Result(False, why)))
     for name, get in places:
         rows.append(Row(f"Python {name}: unit tests, live subset, newest packages",
                         lambda name=name, get=get: run_python(get(), name), expects_grpc=True))
@@ -466,9 +478,21 @@ def format_row(row: Row, result: Result, seconds: float) -> str:
 
 
 def commit(output: str) -> str:
-    """The commit that the output names; that of the checkout where it does not."""
-    match = re.search(r"commit ([0-9a-f]{12})", output)
-    return match[1] if match else check_call(["git", "-C", HERE, "rev-parse", "HEAD"])[:12]
+    """The commit that the output names, that of the checkout where it does not; `-dirty` when files were changed."""
+    match = re.search(r"commit ([0-9a-f]{12}(-dirty)?)", output)
+    return match[1] if match else check_call(
+        ["git", "-C", HERE, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]).strip()
+
+
+def is_of_this_object(line: str) -> bool:
+    """Whether a row of the table was run with the BPF object that is committed now, or with none."""
+    _, found, _, _, _, _, _, instructions, *_, made_of, _ = line.split("|")
+    if instructions.strip() == "-" or "**NO**" in found:
+        return True
+    name = "bpf/traceleft.bpf.o"
+    now, then = (subprocess.run(["git", "-C", HERE, "rev-parse", f"{made}:{name}"], capture_output=True, text=True).stdout
+                 for made in ("HEAD", made_of.strip().partition("-")[0]))
+    return now == then
 
 
 HEADER = """| works | row | kernel | Python | libbpf | protobuf, grpcio | instructions verified | load | what was seen | took | commit |
@@ -493,17 +517,19 @@ def run_row(row: Row, renew: bool):
         result = Result(False, f"{error}\n")
     line = format_row(row, result, time.monotonic() - begin)
     print(line + ("" if result.passed else f"\n{result.output}"), flush=True)
-    if renew and result.passed:
+    if renew:
         with results_lock:
             renew_results({row.name: line})
     return result.passed
 
 
 def renew_results(lines: Dict[str, str]) -> None:
-    """Puts the lines, by the names of their rows, in place of those that bench/PORTABILITY.md has."""
+    """Puts the lines, by the names of their rows, in place of those that bench/PORTABILITY.md has; the others stay."""
     before = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    kept = {line.split(" | ")[1]: line for line in before if line.startswith("| yes")}
+    kept = {line.split(" | ")[1]: line for line in before if line.startswith(("| yes", "| **NO**"))}
     kept.update(lines)
+    known = [row.name for row in all_rows()]
+    names = [name for name in known if name in kept] + [name for name in kept if name not in known]
     RESULTS.write_text(f"""# Where it works
 
 Written by `make portability`, on a machine with {os.cpu_count()} CPUs, Linux {platform.release()}. The rows of amd64 and arm64 ran
@@ -511,7 +537,10 @@ under qemu without KVM, whose times are 10 to 30 times those of a real machine; 
 verifier's limit is 1,000,000 instructions; the largest program's count is shown.
 
 {HEADER}
-""" + "".join(f"{kept[row.name]}\n" for row in all_rows() if row.name in kept))
+""" + "".join(f"{kept[name]}\n" for name in names))
+    old = [name for name in names if not is_of_this_object(kept[name])]
+    if old:
+        print(f"of another BPF object than the committed one, and to be run again: {'; '.join(old)}")
 
 
 def main():
