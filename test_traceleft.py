@@ -1678,6 +1678,11 @@ class TestFileChannel:
         for link in (shared / "link", theirs / "link", shared / "their-folder/link"):
             link.symlink_to(precious / name)
         (shared / "folder-link").symlink_to(precious)
+        (tmp_path / "groups").mkdir()
+        os.chown(tmp_path / "groups", 0, 1)
+        (tmp_path / "groups").chmod(0o775)
+        (tmp_path / "groups/link").symlink_to(precious / name)
+        os.lchown(tmp_path / "groups/link", 1, 1)
         if kind != "spool":
             (shared / "file").touch()
             os.link(precious / "f", theirs / "hard-link")
@@ -1698,7 +1703,7 @@ class TestFileChannel:
                 recorder.open()
                 os.close(recorder.fd)
 
-        traps = [shared / "link", theirs / "link", shared / "their-folder/link", shared / "their-folder/new", shared / f"folder-link/{name}"]
+        traps = [tmp_path / "groups/link", shared / "link", theirs / "link", shared / "their-folder/link", shared / "their-folder/new", shared / f"folder-link/{name}"]
         for path in traps + ([] if kind == "spool" else [shared / "file", theirs / "hard-link"]):
             with pytest.raises((OSError, traceleft.TraceleftError), match="another user's|another name"):
                 write(str(path))
@@ -1751,10 +1756,10 @@ class TestFileChannel:
     def test_a_log_that_is_renamed_while_it_is_compressed(self, tmp_path, monkeypatch):
         write = traceleft.write_compressed
 
-        def slow(plain, path, flag):
+        def slow(plain, raw):
             (tmp_path / "log.1").rename(tmp_path / "log.2")
             (tmp_path / "log.1").write_text("newer")
-            write(plain, path, flag)
+            write(plain, raw)
         (tmp_path / "log.1").write_text("older")
         monkeypatch.setattr(traceleft, "write_compressed", slow)
         traceleft.compress_log(f"{tmp_path}/log.1", "log.1")
@@ -1768,8 +1773,8 @@ class TestFileChannel:
             channel = aggregator.channels["1"]
             threads = []
 
-            def meanwhile(plain, path, flag):
-                write(plain, path, flag)
+            def meanwhile(plain, raw):
+                write(plain, raw)
                 if not threads:
                     assert traceleft.lock_log(channel.fd)
                     channel.append(b"late\n")
@@ -1789,6 +1794,7 @@ class TestFileChannel:
     def test_a_lock_that_somebody_else_holds_holds_up_nothing(self, tmp_path, monkeypatch, capsys):
         """On the log, which others can only take when they can read it; that on its directory, which all can, is none of ours."""
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        monkeypatch.setattr(traceleft, "ROTATE_RETRY", 0.0)
         rotate = {"max_bytes": 4096, "keep": 3, "gzip": True}
         with self.running(tmp_path / "log", rotate=rotate) as (send, aggregator), contextlib.ExitStack() as stack:
             directory = os.open(tmp_path, os.O_RDONLY)
@@ -1811,6 +1817,84 @@ class TestFileChannel:
         assert capsys.readouterr().err == (f"traceleft: cannot rotate {tmp_path}/log: another process has locked it; it grows beyond "
                                            "its 4096 bytes until it can be\n")
         assert len(list(tmp_path.glob("log.*"))) == 2
+
+    def numbered(self, folder, count):
+        """Old logs, each with its number in it."""
+        for number in range(1, count + 1):
+            (folder / f"log.{number}").write_text(json.dumps({"count": number}) + "\n")
+
+    @pytest.mark.parametrize("why", ["locked", "append-only"])
+    def test_a_rotation_that_cannot_be_finished_removes_nothing(self, tmp_path, monkeypatch, capsys, why):
+        monkeypatch.setattr(traceleft, "ROTATE_RETRY", 0.0)
+        self.numbered(tmp_path, 5)
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 5}) as (send, _), contextlib.ExitStack() as stack:
+            send(6)
+            if why == "locked":
+                theirs = stack.enter_context((tmp_path / "log.1").open())
+                fcntl.flock(theirs, fcntl.LOCK_SH)
+            elif subprocess.run(["chattr", "+a", tmp_path / "log"], capture_output=True).returncode == 0:
+                stack.callback(subprocess.run, ["chattr", "-a", tmp_path / "log"], check=True)
+            else:  # a file system without it
+                monkeypatch.setattr(fcntl, "ioctl", lambda fd, request, flags: flags.__setitem__(0, 0x20))
+            send(*[7] * 40)
+        assert self.counts(*(tmp_path / f"log.{number}" for number in range(5, 0, -1))) == [5, 4, 3, 2, 1]
+        assert self.counts(tmp_path / "log") == [6, *[7] * 40] and capsys.readouterr().err.count("cannot rotate") == 1
+
+    def test_a_number_that_is_free_is_used_before_anything_is_removed(self, tmp_path):
+        """As after a kill -9 between two renames."""
+        self.numbered(tmp_path, 5)
+        (tmp_path / "log.3").unlink()
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 5}) as (send, _):
+            send(*[9] * 12)
+            assert self.counts(*(tmp_path / f"log.{number}" for number in (5, 4, 3, 2))) == [5, 4, 2, 1]
+            assert set(self.counts(tmp_path / "log.1")) == {9}
+
+    def test_a_compressed_form_that_somebody_removes(self, tmp_path, monkeypatch, capsys):
+        """Before it has its name: then the plain one stays."""
+        lock = traceleft.lock_log
+
+        def remove(fd, seconds=0.0):
+            for path in tmp_path.glob("*.tmp"):
+                path.unlink()
+            return lock(fd, seconds)
+        monkeypatch.setattr(traceleft, "lock_log", remove)
+        (tmp_path / "log.1").write_text("precious")
+        traceleft.compress_log(f"{tmp_path}/log.1", "log.1")
+        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"log.1": "precious"}
+        assert "cannot compress log.1: No such file or directory; it stays as it is" in capsys.readouterr().err
+
+    def test_without_a_thread_to_be_had(self, tmp_path, monkeypatch, capsys):
+        """As under a pids.max: what threads do is done without, or left out and said."""
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)
+        with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 3, "gzip": True}) as (send, aggregator):
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+            send(*[1] * 10)
+            other = parse_spec(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/other"}))
+            aggregator.reload(other, frozenset(), aggregator.open_channels(other), {})
+            aggregator.retire(0.0)
+            with pytest.raises(traceleft.TraceleftError, match="channel '1': can't start new thread"):
+                aggregator.open_channels(parse_spec(grpc_spec(free_port(), {"spool": {"dir": f"{tmp_path}/spool"}})))
+        assert self.counts(tmp_path / "log.1", tmp_path / "log") == [1] * 10 and aggregator.closing == []
+        assert "there is no thread to be had; it stays as it is" in capsys.readouterr().err
+
+    def test_a_reload_that_changes_its_rotation_keeps_what_waits(self, tmp_path, monkeypatch):
+        room = self.disk(monkeypatch)
+        with self.running(tmp_path / "log") as (send, aggregator):
+            room[0] = 0
+            send(1, 2, 3)
+            channel = aggregator.channels["1"]
+            for rotate in ({"max_bytes": 4096, "keep": 99}, {"max_bytes": 8192, "keep": 99}, None, {"max_bytes": 4096, "keep": 99}):
+                spec = a_spec(format="json", channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"})
+                spec["channels"][0].update({"rotate": rotate} if rotate else {})
+                aggregator.reload(parse_spec(spec), frozenset(), aggregator.open_channels(parse_spec(spec)), {})
+                aggregator.retire(0.0)
+                assert aggregator.channels["1"] is channel and (channel.rotation and channel.rotation.spec.max_bytes) == (
+                    rotate and rotate["max_bytes"])
+            room[0] = None
+            send(*range(4, 30))
+        assert sorted(self.counts(*tmp_path.iterdir())) == list(range(1, 30)) and (tmp_path / "log.2").exists()
 
     def test_a_directory_that_is_exchanged_by_a_link_leads_nowhere(self, tmp_path, monkeypatch):
         """Between the check and the renames: they are in the directory that was looked at."""
@@ -1844,6 +1928,7 @@ class TestFileChannel:
 
     def test_an_old_file_that_is_locked_stays(self, tmp_path, monkeypatch, capsys):
         """Another agent is about to replace it by its compressed form."""
+        monkeypatch.setattr(traceleft, "ROTATE_RETRY", 0.0)
         with self.running(tmp_path / "log", rotate={"max_bytes": 4096, "keep": 1}) as (send, _):
             send(*[1] * 9)
             old = (tmp_path / "log.1").read_text()
@@ -2398,6 +2483,61 @@ class TestSpool:
         with self.opened(tmp_path / "s", 65536) as spool:
             assert self.numbers(spool) == [7]
 
+    @pytest.mark.parametrize("what", ["a segment", "all of it", "unreadable"])
+    def test_what_somebody_has_removed(self, tmp_path, monkeypatch, capsys, what):
+        """The rest is sent, what is gone is counted, and what comes is spooled again."""
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 5.0)
+        monkeypatch.setattr(traceleft, "BACKOFF_MAX", 0.2)
+        spec = grpc_spec(1, {"spool": {"dir": f"{tmp_path}/s", "max_bytes": 65536}})
+        collector = traceleft.Collector("127.0.0.1:0")
+        port = collector.port
+        spec["channels"][0]["path"] = f"127.0.0.1:{port}"
+        collector.stop()
+        aggregator = Aggregator(spec, insecure=True)
+
+        def opens(count):
+            for second in range(count):
+                aggregator.add(an_open())
+                aggregator.flush(float(second))
+        opens(200)
+        segments = sorted((tmp_path / "s").glob("*.spool"))
+        assert len(segments) >= 3
+        gone = sum(1 for path in (segments if what == "all of it" else segments[1:2]) for _ in read_segment(path))
+        if what == "unreadable":
+            read = traceleft.Spool.read
+            monkeypatch.setattr(traceleft.Spool, "read", lambda spool, segment, *more: read(spool, segment, *more) if segment != 2
+                                else (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        elif what == "a segment":
+            segments[1].unlink()
+        else:
+            shutil.rmtree(tmp_path / "s")
+        opens(10)
+        assert list((tmp_path / "s").glob("*.spool"))
+        collector = traceleft.Collector(f"127.0.0.1:{port}")
+        try:
+            wait_until(lambda: not len(aggregator.channels["1"].backlog), "what is left")
+            aggregator.close()
+        finally:
+            collector.stop()
+        account = aggregator.accounts["open-0"]
+        assert (account.delivered, account.lost) == (210 - gone, {"spool_damaged": gone}) and aggregator.summary()["balanced"]
+        assert f"{gone} records are damaged or gone, and are lost" in capsys.readouterr().err
+
+    def test_a_segment_that_cannot_be_read_at_the_start(self, tmp_path, monkeypatch, capsys):
+        with self.opened(tmp_path / "s", 65536) as spool:
+            for number in range(200):
+                spool.append(self.entry(number))
+        read = traceleft.Spool.read
+        monkeypatch.setattr(traceleft.Spool, "read", lambda spool, segment, *more: read(spool, segment, *more) if segment != 1
+                            else (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with self.opened(tmp_path / "s", 65536) as spool:
+            assert 0 < spool.waiting < 200 and self.numbers(spool)[-1] == 199
+        assert "a segment cannot be read (Input/output error), and is left out" in capsys.readouterr().err
+
+    def test_a_record_that_is_larger_than_all_of_it(self, tmp_path):
+        with self.opened(tmp_path / "s", 65536) as spool:
+            assert not spool.append(self.entry(1, 70000)) and spool.append(self.entry(2))
+
     def test_what_fails_while_it_is_opened_leaves_no_lock(self, tmp_path):
         (tmp_path / "s/cursor").mkdir(parents=True)
         (tmp_path / "s").chmod(0o700)
@@ -2432,7 +2572,7 @@ class TestSpool:
             collector.stop()
         account = aggregator.accounts["open-0"]
         assert (account.delivered, account.lost) == (4, {"spool_damaged": 2}) and aggregator.summary()["balanced"]
-        assert "1 records are damaged, and are lost" in capsys.readouterr().err
+        assert "1 records are damaged or gone, and are lost" in capsys.readouterr().err
 
     def test_a_torn_cursor_sends_twice_and_leaves_nothing_out(self, tmp_path):
         with self.opened(tmp_path / "s") as spool:
@@ -2917,7 +3057,43 @@ class TestGrpcChannel:
             aggregator.retire(2.0)
         assert aggregator.channels["1"].backlog.spool.waiting == 1
         assert aggregator.accounts["open-0"].lost == {"in_spool": 1}
+        assert aggregator.accounts["open-0"].take_unreported() == 0  # it is not lost yet: the next alert must not say so
         aggregator.close()
+
+    def test_certificates_that_are_being_written(self, generated, certificates, tmp_path, capsys):
+        """grpcio 1.85 ends the process for an empty key."""
+        for name in ("ca.pem", "client.pem", "client.key"):
+            shutil.copy(certificates / name, tmp_path)
+        options = {"tls": {"ca": f"{tmp_path}/ca.pem", "cert": f"{tmp_path}/client.pem", "key": f"{tmp_path}/client.key"}}
+        port = free_port()
+        aggregator = Aggregator(grpc_spec(port, options))
+        (tmp_path / "client.key").write_text("")
+        aggregator.add(an_open())
+        aggregator.flush(1.0)
+        wait_until(lambda: "client.key has no certificate or key in it" in capsys.readouterr().err, "it says so")
+        shutil.copy(certificates / "client.key", tmp_path)
+        with ProtoServer(generated, port, credentials=server_credentials(certificates, clients=True)):
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 1, "the alert")
+            aggregator.close()
+
+    def test_without_a_thread_for_a_call(self, generated, monkeypatch, capsys):
+        """grpcio needs one for each; to close such a connection hangs."""
+        with ProtoServer(generated) as server, monkeypatch.context() as patch:
+            aggregator = Aggregator(grpc_spec(server.port), insecure=True)
+            channel = aggregator.channels["1"]
+
+            def refuse(*_):
+                raise RuntimeError("can't start new thread")
+            patch.setattr(channel, "begin_call", refuse)
+            first = channel.connection
+            patch.setattr(first, "close", lambda: pytest.fail("closed"))
+            aggregator.add(an_open())
+            aggregator.flush(1.0)
+            wait_until(lambda: "RuntimeError: can't start new thread; alerts are kept" in capsys.readouterr().err, "it says so")
+            patch.setattr(channel, "begin_call", type(channel).begin_call.__get__(channel))
+            wait_until(lambda: aggregator.accounts["open-0"].delivered == 1, "the alert")
+            assert first in channel.abandoned
+            aggregator.close()
 
     def test_what_waits_in_another_format_is_said(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.2)

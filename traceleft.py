@@ -155,6 +155,16 @@ class BalanceError(TraceleftError):
     exit_code = 4
 
 
+def start_thread(target: Callable[..., None], *args: Any) -> Optional[threading.Thread]:
+    """A thread that the end of the process does not wait for; None when there is none to be had, as for pids.max."""
+    thread = threading.Thread(target=target, args=args, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
 def say(message: str) -> None:
     """One line on stderr, in one write, so that lines of threads do not mix."""
     if SAY_SINKS:
@@ -3402,7 +3412,8 @@ class Account:
     def lose(self, cause: str, count: int) -> None:
         with self.lock:
             self.lost[cause] = self.lost.get(cause, 0) + count
-            self.unreported += count
+            if cause != "in_spool":  # which will be delivered yet
+                self.unreported += count
 
     def lose_alert(self, cause: str, count: int, lost: int) -> None:
         """An alert with these numbers is not delivered: what it would have said was lost, the next one has to say."""
@@ -3462,6 +3473,9 @@ def format_accounting(accounts: Sequence[Account]) -> List[str]:
 # ======================================================================================================================
 
 LOCK_SECONDS = 0.05  # to wait for another agent, which has a file for as long as a record or some renames take
+ROTATE_RETRY = 1.0  # seconds after a rotation that failed until another is tried
+COMPRESSING = 8     # old files, of which others may compress one at the moment: the newest
+FS_IOC_GETFLAGS, FS_IMMUTABLE_FL, FS_APPEND_FL = 0x80086601, 0x10, 0x20  # include/uapi/linux/fs.h
 MAX_TAKEN = 100  # names of old files that others may have taken, and that are left out
 MAX_LINKS = 40  # symlinks in one path, as MAXSYMLINKS in include/linux/namei.h
 LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -3469,14 +3483,15 @@ LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NOFOLL
 
 def check_trusted(name: str, found: os.stat_result, directory: os.stat_result) -> None:
     """Raises OSError for what leads root elsewhere, or to what others read: where everybody can write, such as /tmp,
-    another user's file, directory or link; in another user's directory that user's links."""
+    another user's file, directory or link; in a directory of another user or group others' links."""
     trusted = (0, os.geteuid())
     shared = bool(directory.st_mode & stat.S_IWOTH)
-    if not shared and directory.st_uid in trusted:
+    a_groups = directory.st_mode & stat.S_IWGRP and directory.st_gid not in (0, os.getegid())
+    if not shared and not a_groups and directory.st_uid in trusted:
         return
     if found.st_uid not in trusted and (shared or stat.S_ISLNK(found.st_mode)):
         raise OSError(errno.EACCES, f"'{escape(name)}' is another user's, in a directory that "
-                                    + ("everybody can write to" if shared else "is another user's"))
+                                    + ("everybody can write to" if shared else "others can write to"))
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
         raise OSError(errno.EACCES, f"'{escape(name)}' has another name too, and is in a directory that others "
                                     "can write to")
@@ -3600,11 +3615,13 @@ class Rotation:
         self.thread: Optional[threading.Thread] = None
         self.directory = -1  # of the latest rotation, whatever its name leads to since
         self.failing = False
+        self.retry_at = 0.0  # monotonic seconds
 
     def is_due(self, fd: int, more: int) -> bool:
         """Whether `more` bytes would make it too large. An empty file is never too small for a record."""
         size = os.fstat(fd).st_size
-        return size > 0 and size + more > self.spec.max_bytes and not (self.thread and self.thread.is_alive())
+        return (size > 0 and size + more > self.spec.max_bytes and time.monotonic() >= self.retry_at
+                and not (self.thread and self.thread.is_alive()))
 
     def rotate(self, fd: int) -> bool:
         """Whether it was done, or another process has done it: then the path has to be opened again."""
@@ -3615,7 +3632,9 @@ class Rotation:
             if not lock_log(fd, 0.0 if self.failing else LOCK_SECONDS):
                 raise OSError(errno.EBUSY, "another process has locked it")
             try:
-                if found is not None and os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=self.directory)):
+                found = stat_at(name, self.directory) if found is not None else None
+                if found is not None and os.path.samestat(os.fstat(fd), found):
+                    check_movable(fd)
                     newest = self.shift(f"/proc/self/fd/{self.directory}/{name}")
             finally:
                 unlock_log(fd)
@@ -3623,25 +3642,32 @@ class Rotation:
             if not self.failing:
                 say(f"cannot rotate {escape(self.path)}: {error.strerror}; it grows beyond its {self.spec.max_bytes} "
                     "bytes until it can be")
-            self.failing = True
+            self.failing, self.retry_at = True, time.monotonic() + ROTATE_RETRY
             return False
         self.failing = False
         if newest and self.spec.gzip:
             shown = f"{self.path}.{newest.rpartition('.')[2]}"
-            self.thread = threading.Thread(target=compress_log, args=(newest, shown), name="gzip", daemon=True)
-            self.thread.start()
+            self.thread = start_thread(compress_log, newest, shown)
+            if self.thread is None:
+                say(f"cannot compress {escape(shown)}: there is no thread to be had; it stays as it is")
         return True
 
     def shift(self, path: str) -> str:
-        """Renames from the oldest on, so that a crash in between loses none but the one that is too old."""
+        """Renames from the first number that is free, or else from the oldest, which is removed."""
         names = [path, *self.free_names(path)]
         if len(names) == 1:
             raise OSError(errno.EEXIST, "others have taken the names of its old files")
-        for old, new in zip(names[:0:-1], ["", *names[:1:-1]]):
-            move_old(old, new)
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(f"{old}.gz", f"{new}.gz") if new else os.unlink(f"{old}.gz")
-        os.rename(path, names[1])
+        empty = next((place for place, name in enumerate(names) if not any(map(os.path.lexists, (name, f"{name}.gz")))),
+                     len(names))
+        moves = list(zip(names[1:empty], [*names[2:empty + 1], ""]))[::-1]  # from and to; the oldest is to go
+        with contextlib.ExitStack() as stack:
+            for old, _ in moves[-COMPRESSING:]:  # before anything is changed
+                hold_old(old, stack)
+            for old, new in moves:
+                for suffix in ("", ".gz"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(old + suffix, new + suffix) if new else os.unlink(old + suffix)
+            os.rename(path, names[1])
         return names[1]
 
     def free_names(self, path: str) -> List[str]:
@@ -3670,20 +3696,24 @@ class Rotation:
             self.directory = -1
 
 
-def move_old(old: str, new: str) -> None:
-    """Renames an old file that is not being replaced by its compressed form, or removes it. Raises OSError."""
+def hold_old(old: str, stack: contextlib.ExitStack) -> None:
+    """Keeps another agent from replacing an old file by its compressed form. Raises OSError when it is about to."""
     try:
         fd = os.open(old, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # it is not there; or cannot be read, and then we do not compress it either
-        fd = -1
-    try:
-        if fd >= 0 and not lock_log(fd, LOCK_SECONDS):
-            raise OSError(errno.EBUSY, f"another process has locked {escape(os.path.basename(old))}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(old, new) if new else os.unlink(old)
-    finally:
-        if fd >= 0:
-            os.close(fd)
+    except OSError:  # it is not there; or cannot be read, and then nobody like us compresses it
+        return
+    stack.callback(os.close, fd)
+    if not lock_log(fd, LOCK_SECONDS):
+        raise OSError(errno.EBUSY, f"another process has locked {escape(os.path.basename(old))}")
+
+
+def check_movable(fd: int) -> None:
+    """Raises OSError for a file that chattr(1) has made append-only or immutable."""
+    flags = bytearray(8)
+    with contextlib.suppress(OSError):  # a file system without such flags
+        fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    if int.from_bytes(flags[:4], sys.byteorder) & (FS_APPEND_FL | FS_IMMUTABLE_FL):
+        raise OSError(errno.EPERM, "it cannot be renamed before chattr -ai")
 
 
 def compress_log(path: str, shown: str) -> None:
@@ -3692,13 +3722,17 @@ def compress_log(path: str, shown: str) -> None:
     try:
         remove_leftovers(path)
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as plain:
-            write_compressed(plain, temporary, os.O_EXCL)
-            if not lock_log(plain.fileno(), CLOSE_TIMEOUT):
-                raise OSError(errno.EBUSY, "another process has locked it")
-            if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):  # move_old() has to wait now
-                write_compressed(plain, temporary, os.O_APPEND)  # what another agent has written meanwhile
-                os.rename(temporary, f"{path}.gz")
-                os.unlink(path)
+            target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with os.fdopen(target, "wb", 0) as raw:
+                write_compressed(plain, raw)
+                if not lock_log(plain.fileno(), CLOSE_TIMEOUT):
+                    raise OSError(errno.EBUSY, "another process has locked it")
+                if os.path.samestat(os.stat(path), os.fstat(plain.fileno())):  # hold_old() has to wait now
+                    write_compressed(plain, raw)  # what another agent has written meanwhile
+                    if not os.path.samestat(os.stat(temporary), os.fstat(target)):
+                        raise OSError(errno.ESTALE, "another process has exchanged its compressed form")
+                    os.rename(temporary, f"{path}.gz")
+                    os.unlink(path)
     except OSError as error:
         say(f"cannot compress {escape(shown)}: {error.strerror}; it stays as it is")
     with contextlib.suppress(OSError):
@@ -3716,11 +3750,10 @@ def remove_leftovers(path: str) -> None:
                 os.unlink(os.path.join(directory, found))
 
 
-def write_compressed(plain: Any, path: str, flag: int) -> None:
-    """Adds the rest of an open file to one that only this user can read. Raises OSError."""
+def write_compressed(plain: Any, raw: Any) -> None:
+    """Adds the rest of an open file to another. Raises OSError."""
     gzip = importlib.import_module("gzip")
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flag, 0o600)
-    with os.fdopen(target, "wb") as raw, gzip.GzipFile("", "wb", 6, raw) as compressed:
+    with gzip.GzipFile("", "wb", 6, raw) as compressed:
         shutil.copyfileobj(plain, compressed, 1 << 20)
 
 
@@ -3891,6 +3924,16 @@ class FileChannel(Channel):
             raise TraceleftError(self.cannot_open(error)) from None
         if self.spec.rotate is not None:
             self.rotation = Rotation(self.spec.path, self.spec.rotate)
+
+    def moves_to(self, spec: ChannelSpec) -> bool:
+        return (spec.type, spec.path) == ("file", self.spec.path)
+
+    def move(self, spec: ChannelSpec) -> None:
+        self.spec = spec
+        if self.rotation is not None and spec.rotate is not None:
+            self.rotation.spec = spec.rotate
+        else:
+            self.rotation = Rotation(spec.path, spec.rotate) if spec.rotate is not None else None
 
     def figures(self) -> Dict[str, int]:
         return {"queued": len(self.waiting), "queued_bytes": self.waiting_bytes, "sends": self.writes,
@@ -4247,6 +4290,7 @@ SPOOL_RECORD = struct.Struct("<II")   # bytes of the body, and their CRC-32
 SPOOL_BODY = struct.Struct("<iQQ")    # owner, count and lost, before the data
 SPOOL_CURSOR = struct.Struct("<QQI")  # segment, offset, and the CRC-32 of these two
 SPOOL_SEGMENT_BYTES = 1 << 20         # a segment is removed as a whole, so that no more than this is kept for nothing
+SPOOL_TRIES = 5                       # to read a segment that gives an error, before its records are lost
 SPOOL_RETRY = 1.0                     # seconds after a failed write until another is tried
 SPOOL_FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 SEGMENT_NAME = re.compile(rf"([0-9]{{12}})-([0-9a-f]{{{2 * SPOOL_MARK_BYTES}}})\.spool")
@@ -4369,6 +4413,7 @@ class Spool:
         self.path, self.max_bytes = path, max_bytes
         self.sizes: Dict[int, int] = {}  # segment -> bytes up to the end of its last whole record, ascending
         self.marks: Dict[int, bytes] = {}
+        self.unreadable: Dict[int, int] = collections.defaultdict(int)  # segment -> how often
         self.waiting = 0                 # records behind the cursor
         self.pending: Dict[int, int] = collections.defaultdict(int)  # owner -> sum of count of these
         self.cursor = (0, 0)             # segment and offset of the oldest record that waits
@@ -4376,12 +4421,16 @@ class Spool:
         self.directory = self.lock = self.writer = self.cursor_file = -1
         self.retry_at: Optional[float] = None  # after a failed write, monotonic seconds
 
-    def open(self) -> None:
-        """Takes over what an earlier run has left behind. Raises OSError."""
+    def enter(self) -> None:
+        """Makes the directory ours. Raises OSError."""
         self.directory = open_spool(self.path)
         self.lock = os.open("lock", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
         lock_spool(self.lock)
         self.cursor_file = os.open("cursor", os.O_RDWR | SPOOL_FLAGS, 0o600, dir_fd=self.directory)
+
+    def open(self) -> None:
+        """Takes over what an earlier run has left behind. Raises OSError."""
+        self.enter()
         self.cursor = self.read_cursor()
         for name in sorted(os.listdir(self.directory)):
             match = SEGMENT_NAME.fullmatch(name)
@@ -4401,7 +4450,12 @@ class Spool:
 
     def take_over(self, segment: int) -> None:
         """Notes what waits in a segment, and says what is damaged."""
-        data = self.read(segment, 0)
+        self.sizes[segment] = 0
+        try:
+            data = self.read(segment, 0)
+        except OSError as error:
+            say(f"{escape(self.path)}: a segment cannot be read ({error.strerror}), and is left out")
+            return
         end = damaged = 0
         for record_end, entry in read_spooled(data, self.marks[segment]):
             if entry is None:
@@ -4451,6 +4505,11 @@ class Spool:
 
     def write(self, entry: Queued) -> bool:
         """Whether there was room. Raises OSError, and then no more than a part is written, which is never read."""
+        if self.writer >= 0 and os.fstat(self.writer).st_nlink == 0:  # somebody has removed it
+            self.close_writer()
+        if os.fstat(self.directory).st_nlink == 0:  # and the directory as well
+            self.leave()
+            self.enter()
         last = max(self.sizes, default=self.cursor[0])
         record = pack_spooled(entry, self.marks.get(last) or b"")
         segment_bytes = min(SPOOL_SEGMENT_BYTES, self.max_bytes // 4)
@@ -4459,7 +4518,7 @@ class Spool:
             record = pack_spooled(entry, mark)
             self.close_writer()
         if sum(self.sizes.values()) + len(record) > self.max_bytes:
-            if self.waiting:
+            if self.waiting or len(record) > self.max_bytes:
                 return False
             self.forget_segments(last)  # what is acknowledged, and was kept for its number's sake
         if self.writer < 0:
@@ -4481,7 +4540,9 @@ class Spool:
 
     def duplicate_writer(self) -> int:
         """A descriptor of its own of the segment that is written to, for sync_and_close(); -1: there is none."""
-        return os.dup(self.writer) if self.writer >= 0 else -1
+        with contextlib.suppress(OSError):
+            return os.dup(self.writer) if self.writer >= 0 else -1
+        return -1
 
     def close_writer(self) -> None:
         if self.writer >= 0:
@@ -4496,7 +4557,7 @@ class Spool:
             begin = offset if segment == self.cursor[0] else 0
             if begin >= self.sizes[segment]:
                 continue
-            for end, entry in read_spooled(self.read(segment, begin, self.sizes[segment]), self.marks[segment]):
+            for end, entry in read_spooled(self.read_again(segment, begin), self.marks[segment]):
                 if entry is None:
                     continue
                 if segment < self.own:
@@ -4506,9 +4567,21 @@ class Spool:
                     return [entry for _, _, entry in self.ends]
         return [entry for _, _, entry in self.ends]
 
+    def read_again(self, segment: int, begin: int) -> bytes:
+        """What is in a segment from there on, or nothing when it has been removed, or cannot be read again and again.
+        Raises OSError."""
+        try:
+            return self.read(segment, begin, self.sizes[segment])
+        except OSError as error:
+            self.unreadable[segment] += 1
+            if error.errno != errno.ENOENT and self.unreadable[segment] < SPOOL_TRIES:
+                raise
+        self.sizes[segment] = 0
+        return b""
+
     def give_up(self) -> Dict[int, int]:
         """Leaves out what waits and head() does not find any more. Returns owner -> sum of count of these."""
-        say(f"{escape(self.path)}: {self.waiting} records are damaged, and are lost")
+        say(f"{escape(self.path)}: {self.waiting} records are damaged or gone, and are lost")
         missing, self.pending, self.waiting = self.pending, collections.defaultdict(int), 0
         self.cursor = max(self.sizes.items())
         return missing
@@ -4534,6 +4607,10 @@ class Spool:
     def close(self) -> None:
         sync_and_close(self.duplicate_writer())
         self.close_writer()
+        self.leave()
+
+    def leave(self) -> None:
+        """Closes the directory."""
         for fd in (self.cursor_file, self.lock, self.directory):
             if fd >= 0:
                 os.close(fd)
@@ -4630,6 +4707,14 @@ def read_token(path: str) -> str:
     return token.decode("ascii")
 
 
+def read_pem(path: str) -> Optional[bytes]:
+    """A file's content, when there is a path. Raises OSError, also for what is being written: grpcio would abort."""
+    data = Path(path).read_bytes() if path else None
+    if data is not None and b"-----END " not in data:
+        raise OSError(errno.EINVAL, f"{escape(path)} has no certificate or key in it")
+    return data
+
+
 def check_certificates(tls: TlsSpec) -> None:
     """Raises OSError when the files cannot be used; grpcio itself would only say so when it connects."""
     ssl: Any = importlib.import_module("ssl")
@@ -4672,6 +4757,7 @@ class GrpcChannel(Channel):
         self.token = ""
         self.stale = False                # the token file cannot be read any more
         self.moved = False                # the thread has to connect anew, as the spec says now
+        self.abandoned: List[Any] = []    # connections that cannot be closed
         self.asked = 0.0                  # seconds that the collector has asked to wait
         self.said: Set[str] = set()       # kinds of problems that have been said since the last acknowledgement
         self.sends = self.failures = self.reconnects = 0
@@ -4716,7 +4802,10 @@ class GrpcChannel(Channel):
                 raise TraceleftError(f"channel '{escape(self.spec.id)}': {error.strerror}") from None
             self.prepare()
             self.bind()
-            self.thread.start()
+            try:
+                self.thread.start()
+            except RuntimeError as error:
+                raise TraceleftError(f"channel '{escape(self.spec.id)}': {error}") from None
             undo.pop_all()
 
     def open_spool(self, spool: Spool) -> None:
@@ -4756,7 +4845,7 @@ class GrpcChannel(Channel):
         tls = self.spec.tls or TlsSpec()
         if tls.server_name:
             options.append(("grpc.ssl_target_name_override", tls.server_name))
-        roots, key, cert = [Path(path).read_bytes() if path else None for path in (tls.ca, tls.key, tls.cert)]
+        roots, key, cert = map(read_pem, (tls.ca, tls.key, tls.cert))
         credentials = self.grpc.ssl_channel_credentials(roots or system_roots(), key, cert)
         return self.grpc.secure_channel(self.spec.path, credentials, options)
 
@@ -4767,7 +4856,8 @@ class GrpcChannel(Channel):
         except (OSError, TraceleftError) as error:
             self.report(f"cannot read certificates, and goes on with the old ones: {error}")
             return
-        self.connection.close()
+        if self.connection not in self.abandoned:
+            self.connection.close()
         self.connection = connection
         self.reconnects += 1
         self.bind()
@@ -4872,6 +4962,7 @@ class GrpcChannel(Channel):
             if self.moved:
                 self.moved, self.batch_size, backoff = False, MAX_STREAM_ALERTS, BACKOFF_MIN
                 self.reconnect()
+            self.asked = 0.0
             problem = problem or self.try_stream([entry.data for entry in batch])
             if not problem:
                 self.acknowledged(batch)
@@ -4890,10 +4981,11 @@ class GrpcChannel(Channel):
 
     def try_stream(self, batch: List[bytes]) -> str:
         """Why the batch was not acknowledged, or nothing."""
-        self.asked = 0.0
         try:
             return self.send_stream(batch) or ""
         except Exception as error:  # whatever an answer has brought about: the thread goes on
+            if isinstance(error, RuntimeError):  # no thread for the call: closed in this state, a connection hangs
+                self.abandoned.append(self.connection)
             return f"{type(error).__name__}: {error}"
 
     def next_batch(self) -> Tuple[List[Queued], str]:
@@ -4980,9 +5072,11 @@ class GrpcChannel(Channel):
             self.thread.join(max(self.remaining(), 0.0))
             if self.thread.is_alive() and self.call is not None:
                 self.call.cancel()
-            self.thread.join()
-        self.connection.close()
-        self.leave()
+            self.thread.join(CLOSE_TIMEOUT)
+        if not self.thread.is_alive() and self.connection not in self.abandoned:
+            self.connection.close()
+        with self.changed:
+            self.leave()
 
     def leave(self) -> None:
         """Accounts for what is left: in the spool for the next run, or lost."""
@@ -5390,6 +5484,7 @@ class OtlpChannel(Channel):
             part.begin_close()
 
     def close(self) -> None:
+        self.begin_close()
         for part in self.parts:
             part.close()
         causes: Dict[str, int] = collections.Counter()
@@ -5530,9 +5625,12 @@ class Aggregator:
         self.closing = [(channel, thread) for channel, thread in self.closing if thread.is_alive()]
         for channel in self.leaving:
             getattr(channel, "flush", lambda: None)()
-            closing = threading.Thread(target=channel.close)  # which may wait for a collector
-            closing.start()
-            self.closing.append((channel, closing))
+            getattr(channel, "begin_close", lambda: None)()
+            closing = start_thread(channel.close)  # which may wait for a collector
+            if closing is not None:
+                self.closing.append((channel, closing))
+            else:
+                channel.close()
         self.leaving = []
 
     def open_channels(self, spec: Spec) -> Dict[str, Any]:
@@ -7568,9 +7666,10 @@ def run_loop(tracer: Tracer, handle: Callable[[List[bytes]], None], tick: Callab
                 watch.tick()
     watch.stop()
     watchers.stopping()
-    detaching = threading.Thread(target=tracer.detach)  # takes a while, in which the ring should not fill
-    detaching.start()
-    while detaching.is_alive():
+    detaching = start_thread(tracer.detach)  # takes a while, in which the ring should not fill
+    if detaching is None:
+        tracer.detach()
+    while detaching is not None and detaching.is_alive():
         handle([] if tracer.held else tracer.poll_records())
         if not tracer.more and not tracer.held:
             detaching.join(0.01)
@@ -8267,6 +8366,11 @@ class CollectorTls(NamedTuple):
     client_ca: Optional[bytes] = None  # with it, only clients with a certificate that it has signed are let in
 
 
+def agent_digest(agent: str) -> bytes:
+    """What is kept of the name, which may be long."""
+    return blake2b(agent.encode(), digest_size=16).digest()
+
+
 class Collector:
     """Counts received Metrics per host and event name; its server runs in threads of grpcio."""
 
@@ -8311,10 +8415,13 @@ class Collector:
         self.check_token(context)
         metrics = self.read_stream(stream, context)
         with self.lock:
+            before = {agent: self.latest.get(agent, 0) for agent in map(agent_digest, {one.Agent for one in metrics})}
             new = [metric for metric in metrics if not self.is_double(metric.Agent, metric.Sequence)]
             shown = self.show is None or self.show(b"".join(metric_json(metric, context.peer()) for metric in new))
-            for metric in new:
+            for metric in new if shown else ():
                 self.count(metric, context.peer())
+            if not shown:  # when they come again, they are no doubles
+                self.latest.update(before)
         if not shown:
             context.abort(self.grpc.StatusCode.UNAVAILABLE, "the collector cannot write what it receives")
         return self.wire["Empty"]()
@@ -8345,7 +8452,7 @@ class Collector:
         """Whether it has been counted: it was sent again, because our acknowledgement did not arrive."""
         if not agent:
             return False  # of an agent that does not number what it sends
-        digest = blake2b(agent.encode(), digest_size=16).digest()
+        digest = agent_digest(agent)
         latest = self.latest.pop(digest, 0)
         self.latest[digest] = max(latest, sequence)  # those that sent last are last
         if len(self.latest) > MAX_RECEIVED_AGENTS:
