@@ -2633,6 +2633,32 @@ class TestSpool:
             sent += [entry.events for entry in backlog.head(1000)]
             assert sent == list(range(1, number + 1)) and not backlog.memory
 
+    def test_gets_to_the_disk_while_the_collector_is_away_and_at_the_end(self, tmp_path, monkeypatch):
+        """All that has been written, for which the host may crash then."""
+        synced, sync = [], os.fdatasync
+
+        def segment():
+            """Its size; there is one, after what an earlier run left."""
+            return max(tmp_path.glob("*.spool")).stat().st_size
+
+        def note(fd):
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(".spool"):
+                synced.append(os.fstat(fd).st_size)
+            sync(fd)
+
+        monkeypatch.setattr(os, "fdatasync", note)
+        monkeypatch.setattr(traceleft, "CLOSE_TIMEOUT", 0.0)
+        aggregator = Aggregator(grpc_spec(free_port(), {"spool": {"dir": str(tmp_path)}}), insecure=True)
+        for number in range(2):
+            aggregator.add(an_open())
+            aggregator.flush(number)
+            wait_until(lambda: segment() in synced, "a sync")
+        aggregator.close()
+        with self.opened(tmp_path) as spool:
+            spool.append(self.entry(0, 1000))
+            assert segment() not in synced
+        assert segment() in synced
+
     def test_belongs_to_one_process(self, tmp_path):
         with self.opened(tmp_path / "s"), pytest.raises(traceleft.TraceleftError, match="another agent or channel uses it"):
             Aggregator(grpc_spec(1, {"spool": {"dir": f"{tmp_path}/s"}}), insecure=True)
