@@ -8996,6 +8996,28 @@ class TestFaults:
         figures(steps=len(steps), written_before_the_first=moments[0], before_the_last=moments[-1], opens=load.opens, matched=matched,
                 passed=passed, written=count, lost=0, through_the_link=0)
 
+    def test_a_renamed_log_is_let_go_at_once_by_sigusr1(self, tmp_path):
+        """Without one more record, before which the path would be looked at anyway."""
+        log, name = tmp_path / "log", tmp_path / "f"
+        spec = a_spec(f"filename == '{name}'", channel={"id": "1", "type": "file", "path": str(log)})
+        with Agent("trace", "--spec", write_spec(tmp_path / "spec", spec)) as agent:
+            descriptors = Path(f"/proc/{agent.process.pid}/fd")
+
+            def opened():
+                with contextlib.suppress(FileNotFoundError):
+                    return {os.readlink(path) for path in descriptors.iterdir()} & {str(log), f"{log}.1"}
+
+            name.touch()
+            wait_until(lambda: log.exists() and written(log) == 1, "the record")
+            log.rename(f"{log}.1")
+            time.sleep(1.2)  # a tick does not do it
+            assert opened() == {f"{log}.1"} and not log.exists()
+            agent.process.send_signal(signal.SIGUSR1)
+            wait_until(lambda: opened() == {str(log)}, "the new file is open, and the old one is not", 3)
+            name.write_text("")
+            code, _ = agent.stop()
+        assert (code, written(log), written(f"{log}.1")) == (0, 1, 1)
+
     def test_sigterm_at_random_moments(self, tmp_path):
         names, moments = self.files(tmp_path, 5), length(3, 200)
         spec = write_spec(tmp_path / "spec", many_filters(a_spec(channel={"id": "1", "type": "file", "path": f"{tmp_path}/log"}), names, ""))
