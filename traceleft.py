@@ -5073,8 +5073,11 @@ class GrpcChannel(Channel):
             if self.thread.is_alive() and self.call is not None:
                 self.call.cancel()
             self.thread.join(CLOSE_TIMEOUT)
-        if not self.thread.is_alive() and self.connection not in self.abandoned:
+        if not self.thread.is_alive() and not self.abandoned:
             self.connection.close()
+        else:  # which may hang, also when Python ends and takes it away
+            for connection in (*self.abandoned, self.connection):
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
         with self.changed:
             self.leave()
 
